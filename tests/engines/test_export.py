@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from impatient import (
     profile,
     to_engine,
 )
-from impatient.engines.export import add_costs, check_agreement, differences, varied
+from impatient.engines.comparison import check_agreement, differences, tolerance_of, varied
+from impatient.engines.export import add_costs, samples_of
 from impatient.errors import ExportFailed, NetworkError, NoEffectWarning, RunError, StorageError
 from impatient.files import read_json, write_json
 from impatient.networks.multi_exit import MultiExitNetwork
@@ -316,7 +317,8 @@ def test_eight_bits_are_near_and_smaller(
         engine=engine,
         example=pictures(4),
         precision=precision,
-        calibration=[pictures(8), pictures(4)],
+        # as data sets give them
+        calibration=((pictures(count), torch.zeros(count).long()) for count in (8, 4)),
     )
     bundle = read_json(place / "bundle.json")
     x = pictures(5)
@@ -342,6 +344,65 @@ def test_ranges_of_8_bits_need_samples(network: MultiExitNetwork, tmp_path: Path
         )
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_is_taken_with_or_without_targets() -> None:
+    x, mask = torch.randn(4, 6), torch.ones(4, 6)
+    labels = torch.zeros(4).long()
+    for batch in (x, (x, labels), [x, {"boxes": labels}], {"x": x, "labels": labels}):
+        ((found,),) = samples_of([batch], ["x"])
+        assert found is x
+    for batch in ((x, mask), ((x, mask), labels), [[x, mask], labels]):
+        ((first, second),) = samples_of([batch], ["x0", "x1"])
+        assert (first is x, second is mask) == (True, True)
+    for batch in ({"ids": x, "mask": mask, "labels": labels}, ({"mask": mask, "ids": x}, labels)):
+        ((first, second),) = samples_of([batch], ["ids", "mask"])
+        assert (first is x, second is mask) == (True, True)
+    with pytest.raises(NetworkError, match="expected ids, mask"):
+        samples_of([{"ids": x, "labels": labels}], ["ids", "mask"])
+
+
+def test_calibration_ends_after_some_hundred_samples() -> None:
+    taken = []
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            taken.append(None)
+            yield torch.zeros(200, 3)
+
+    assert len(samples_of(batches(), ["x"])) == len(taken) == 3
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "onnxruntime-session"])
+def test_numbers_that_numpy_lacks_are_refused_at_once(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["impatient.engines.export"], "partition", pytest.fail)
+    x = torch.randn(2, 8).bfloat16()
+    made = attach_exits(ToyBackbone().bfloat16(), example=x, after=["blocks.1"]).eval()
+
+    with pytest.raises(ExportFailed, match=r"is in bfloat16, which numpy does not have.*float\(\)"):
+        export(made, tmp_path / "made", engine=engine, example=x)
+    with pytest.raises(ExportFailed, match="bfloat16"):
+        to_engine(made, engine, example=x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_bits_may_differ_by_more() -> None:
+    kinds = (torch.float64, torch.float32, torch.float16)
+    found = [tolerance_of(nn.Linear(2, 2).to(dtype)) for dtype in kinds]
+
+    assert found == [1e-4, 1e-4, pytest.approx(0.02, rel=0.05)]
+    assert tolerance_of(nn.ReLU()) == 1e-4
+
+
+@pytest.mark.slow
+def test_half_precision_runs(tmp_path: Path) -> None:
+    x = torch.randn(3, 8).half()
+    made = attach_exits(toy_network().backbone.half(), example=x, after=["blocks.1"]).eval()
+    place = export(made, tmp_path / "made", engine="onnxruntime", example=x)
+
+    assert all(output.dtype == torch.float16 for output in outputs_of(load_engine(place), x))
 
 
 def test_tokens_and_a_mask(tmp_path: Path) -> None:

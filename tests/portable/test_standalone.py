@@ -24,7 +24,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.damage import damage_entry
 from impatient.clock import FakeClock
@@ -51,88 +50,12 @@ from impatient.portable.description import write
 from impatient.portable.staged import CancellablePart, Exit
 from impatient.portable.thresholds import Scores, probabilities
 from impatient.provenance import machine
+from onnx_parts import RANDOM, X, description, node, truth, write_onnx, write_parts
 
 pytestmark = pytest.mark.engine
 
 BOTH = pytest.mark.parametrize("engine", ENGINES)
 INF = math.inf
-CLASSES = 5
-RANDOM = np.random.default_rng(0)
-W = {
-    name: (RANDOM.normal(size=shape) * 0.7).astype(np.float32)
-    for name, shape in {
-        "a": (6, 8),
-        "b": (6, 8),
-        "c": (8, 8),
-        "d": (8, CLASSES),
-        "p": (8, CLASSES),
-        "q": (8, CLASSES),
-    }.items()
-}
-X = RANDOM.normal(size=(4, 6)).astype(np.float32)
-
-
-def truth(x: Any) -> list[Any]:
-    """The outputs of the three exits; the skip value of the first stage is used in the last."""
-    h = np.tanh(x @ W["a"])
-    skip = x @ W["b"]
-    u = np.tanh(h @ W["c"])
-    return [h @ W["p"], u @ W["q"], (u + skip) @ W["d"]]
-
-
-def write_onnx(
-    path: Path,
-    nodes: Sequence[Any],
-    takes: dict[str, list[Any]],
-    gives: dict[str, list[Any]],
-    weights: Any = W,
-):
-    def values(shapes: dict[str, list[Any]]) -> list[Any]:
-        return [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            for name, shape in shapes.items()
-        ]
-
-    used = {name for node in nodes for name in node.input}
-    constants = [
-        numpy_helper.from_array(value, name) for name, value in weights.items() if name in used
-    ]
-    graph = helper.make_graph(list(nodes), "part", values(takes), values(gives), constants)
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path
-    )
-
-
-def node(kind: str, takes: str, gives: str, **options: Any) -> Any:
-    return helper.make_node(kind, takes.split(), gives.split(), **options)
-
-
-FIRST = [node("MatMul", "x a", "xa"), node("Tanh", "xa", "h"), node("MatMul", "x b", "xb")]
-SECOND = [node("MatMul", "h c", "hc"), node("Tanh", "hc", "u")]
-LAST = [node("Add", "u xb", "sum"), node("MatMul", "sum d", "y")]
-
-
-def write_parts(directory: Path) -> None:
-    """The skip value crosses two cuts, with its batch in the second dimension."""
-    over = node("Transpose", "xb", "skip", perm=[1, 0])
-    back = node("Transpose", "skip", "xb", perm=[1, 0])
-    eight = ["b", 8]
-    out = ["b", CLASSES]
-    write_onnx(
-        directory / "stage0.onnx", [*FIRST, over], {"x": ["b", 6]}, {"h": eight, "skip": [8, "b"]}
-    )
-    write_onnx(directory / "stage1.onnx", SECOND, {"h": eight}, {"u": eight})
-    write_onnx(directory / "stage2.onnx", [back, *LAST], {"u": eight, "skip": [8, "b"]}, {"y": out})
-    # as heads that say how sure they are: the largest probability
-    score = [
-        node("Softmax", "z", "shares", axis=-1),
-        node("ReduceMax", "shares", "score", axes=[-1], keepdims=0),
-    ]
-    given = {"z": out, "score": ["b"]}
-    for index, (takes, weights) in enumerate((("h", "p"), ("u", "q"))):
-        head = node("MatMul", f"{takes} {weights}", "z")
-        write_onnx(directory / f"head{index}.onnx", [head, *score], {takes: eight}, given)
-    write_onnx(directory / "whole.onnx", [*FIRST, *SECOND, *LAST], {"x": ["b", 6]}, {"y": out})
 
 
 @pytest.fixture(scope="module")
@@ -155,36 +78,6 @@ def export(parts: Path, tmp_path: Path) -> Export:
         return tmp_path
 
     return write
-
-
-def description(engine: str) -> dict[str, Any]:
-    wiring = {
-        "inputs": ["x"],
-        "takes": [["x"], ["h"], ["u", "skip"]],
-        "gives": [["h", "skip"], ["u"], ["y"]],
-        "features": ["h", "u", "y"],
-        "batch_dims": {"x": 0, "h": 0, "skip": 1, "u": 0, "y": 0},
-    }
-    return {
-        "kind": "impatient_bundle",
-        "schema": 1,
-        "engine": engine,
-        "precision": "fp32",
-        "exits": ["one", "two", "three"],
-        "num_classes": CLASSES,
-        "inputs": [{"name": "x", "dtype": "float32", "shape": [None, 6]}],
-        "wiring": wiring,
-        "stages": ["stage0.onnx", "stage1.onnx", "stage2.onnx"],
-        "heads": ["head0.onnx", "head1.onnx", None],
-        "whole": "whole.onnx",
-        "threads": 1,
-        "agreement": [0.0, 0.0, 0.0],
-        "tolerance": 1e-4,
-        "costs": None,
-        "policy": None,
-        "facts": [],
-        "provenance": {},
-    }
 
 
 def costs(stages_s: Sequence[float], heads_s: Sequence[float], batch: int = 4) -> dict[str, Any]:
@@ -222,14 +115,16 @@ class Timed:
         self.clock = FakeClock()
         self.ran = []
         self.bundle = Bundle(directory, clock=self.clock.now)
-        for index, part in enumerate(self.bundle.parts.stages):
-            self.bundle.parts.stages[index] = Slow(
-                part, self.clock, 0.010, self.ran, f"stage {index}"
-            )
-        for index, head in enumerate(self.bundle.parts.heads[:2]):
-            self.bundle.parts.heads[index] = Slow(
-                head, self.clock, 0.002, self.ran, f"head {index}"
-            )
+        parts = self.bundle.parts
+        stages = [
+            Slow(part, self.clock, 0.010, self.ran, f"stage {index}")
+            for index, part in enumerate(parts.stages)
+        ]
+        heads = [
+            head and Slow(head, self.clock, 0.002, self.ran, f"head {index}")
+            for index, head in enumerate(parts.heads)
+        ]
+        self.bundle.parts = Staged(parts.wiring, stages, heads)
         self.bundle.save_costs(costs([0.010] * 3, [0.002, 0.002, 0.0]))
         self.slow(1.0)
 
@@ -240,6 +135,13 @@ class Timed:
     def run(self, **options: Any) -> Answer:
         self.ran.clear()
         return self.bundle.run(X, **options)
+
+
+def with_callables(directory: Path) -> Bundle:
+    """A bundle whose stages and heads a test may replace by any function of arrays."""
+    bundle = Bundle(directory)
+    bundle.parts = Staged(bundle.wiring, bundle.parts.stages, bundle.parts.heads)
+    return bundle
 
 
 def assert_close(given: Any, wanted: Any) -> None:
@@ -562,7 +464,7 @@ def rule_of(thresholds: Sequence[float], **changes: Any) -> dict[str, Any]:
 @BOTH
 @pytest.mark.parametrize("exit", [0, 1])
 def test_sure_samples_leave_the_batch_and_the_rest_goes_on(export: Export, engine: str, exit: int):
-    bundle = Bundle(export(engine, policy=policy_between(exit)))
+    bundle = with_callables(export(engine, policy=policy_between(exit)))
     sizes = []
     stage = bundle.parts.stages[exit + 1]
     bundle.parts.stages[exit + 1] = lambda *inputs: (
@@ -621,7 +523,7 @@ class Held(CancellablePart):
 
 
 def test_an_interrupted_run_gives_its_latest_answer_and_cancels_the_stage(export: Export):
-    bundle = Bundle(export())
+    bundle = with_callables(export())
     held = bundle.parts.stages[1] = Held(bundle.parts.stages[1])
     run = bundle.start(X)
     assert held.entered.wait(20.0)
@@ -639,7 +541,7 @@ def test_an_interrupted_run_gives_its_latest_answer_and_cancels_the_stage(export
 
 
 def test_a_stage_that_cannot_be_cancelled_ends_without_its_head(export: Export):
-    bundle = Bundle(export())
+    bundle = with_callables(export())
     heads = []
     held = Held(bundle.parts.stages[1])
     head = bundle.parts.heads[1]
@@ -655,7 +557,7 @@ def test_a_stage_that_cannot_be_cancelled_ends_without_its_head(export: Export):
 
 
 def test_at_its_deadline_a_started_run_returns_the_latest_answer(export: Export):
-    bundle = Bundle(export())
+    bundle = with_callables(export())
     held = bundle.parts.stages[1] = Held(bundle.parts.stages[1])
     answer = bundle.start(X, deadline_s=0.05).result()
     assert (answer.exit, answer.stopped_by) == (0, "deadline")
@@ -663,7 +565,7 @@ def test_at_its_deadline_a_started_run_returns_the_latest_answer(export: Export)
 
 
 def test_a_started_run_keeps_to_the_policy_and_raises_what_went_wrong(export: Export):
-    bundle = Bundle(export(policy=rule_of([INF, 0.0, -INF])))
+    bundle = with_callables(export(policy=rule_of([INF, 0.0, -INF])))
     assert bundle.start(X).result().stopped_by == "policy"
     assert bundle.start(X, policy=False).result().stopped_by == "final"
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import logging
 import shutil
 import tempfile
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from impatient import checks, portable
-from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import CostProfile
 from impatient.directories import replaced_whole
+from impatient.engines.blocked import enter_blocked
+from impatient.engines.comparison import check_agreement, tolerance_of
 from impatient.engines.network import (
     PRECISIONS,
     EngineNetwork,
@@ -42,27 +39,24 @@ from impatient.engines.partition import (
     length_dims,
     partition,
 )
-from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError, TaskError
+from impatient.errors import ExportFailed, RunError, StorageError, TaskError
 from impatient.files import read_json, write_json, write_text
-from impatient.inputs import batch_size_of, call_model, evaluating
+from impatient.inputs import batch_size_of, evaluating
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.policies.policy import Policy
 from impatient.provenance import dtype_of, machine, provenance
 from impatient.store import from_plain, to_plain
 from impatient.tasks.task import AGREEMENT, Task
 from impatient.training.preprocess import Preprocess
-from impatient.trees import map_samples
 
 log = logging.getLogger(__name__)
 
 # Engines whose networks are written to files.
 WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti")
 ENGINES = ("eager", "compile", *WRITTEN)
-# As a share of the largest output. Rounding in another order gives 1e-6, a wrong graph far more.
-TOLERANCE = 1e-4
+# Most samples from which ranges for 8 bits are determined: all values of all parts are in memory.
+MOST_CALIBRATION = 512
 BUNDLE = "bundle.json"
-# Runs of `engine_times` that do not count.
-WARM_UP = 20
 
 
 def to_engine(
@@ -72,7 +66,7 @@ def to_engine(
     example: Any,
     threads: int = 1,
     precision: str = "fp32",
-    calibration: Sequence[Any] = (),
+    calibration: Iterable[Any] = (),
     directory: str | Path | None = None,
 ) -> MultiExitNetwork | EngineNetwork:
     """Make the same network run in another engine.
@@ -88,8 +82,8 @@ def to_engine(
         threads: threads of one operation. "eager" and "compile" use torch's number; with "aoti" it
             must equal torch's.
         precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
-        calibration: batches of inputs for "int8-static", such as those of `data.batches("train",
-            16)`.
+        calibration: batches of inputs for "int8-static", with or without their targets, such as
+            those of `data.batches("train", 16)` or a DataLoader; the first 512 samples are used.
         directory: where to keep the files, for `load_engine`; by default they are deleted.
     Returns:
         A network for `Runner`, `profile` and `record`, whose outputs agree with the given one's.
@@ -134,7 +128,7 @@ def export(
     example: Any,
     threads: int = 1,
     precision: str = "fp32",
-    calibration: Sequence[Any] = (),
+    calibration: Iterable[Any] = (),
     costs: CostProfile | None = None,
     policy: Policy | None = None,
     class_names: Sequence[str] = (),
@@ -156,7 +150,8 @@ def export(
         example: a real input; all samples of its batch are used to compare the outputs.
         threads: threads of one operation; with "aoti" it must equal torch's number.
         precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
-        calibration: batches of inputs for "int8-static".
+        calibration: batches of inputs for "int8-static", with or without their targets; the first
+            512 samples are used.
         costs: profile of this network in this engine (see `add_costs`).
         policy: threshold policy to export with the network. Its score is computed by the files.
         class_names: name of each class, for answers without torch.
@@ -173,16 +168,14 @@ def export(
     settings = EngineSettings(engine=engine, precision=precision, threads=threads)
     _check(settings, WRITTEN)
     _check_place(Path(directory), force)
-    if precision == "int8-static" and not calibration:
-        raise RunError(
-            "precision='int8-static' without calibration; expected batches of inputs from which to "
-            "determine the ranges of features: calibration=[x, ...]."
-        )
     device = next((parameter.device.type for parameter in network.parameters()), "cpu")
     if device != "cpu":
         raise RunError(
             f"the network is on {device}, and {engine} runs on the CPU here; export network.cpu()."
         )
+    if engine != "aoti":
+        _check_dtypes(network, example, engine)
+    samples = samples_of(calibration, input_names(example)) if precision == "int8-static" else []
     rule = None if policy is None else _rule(policy, network.task, settings)
     with evaluating(network):
         parts = partition(network, example)
@@ -198,7 +191,7 @@ def export(
 
     def write(parts: Parts) -> None:
         with replaced_whole(Path(directory)) as folder:
-            _write_parts(parts, facts, folder, settings, calibration, scoring, whole=not lean)
+            _write_parts(parts, facts, folder, settings, samples, scoring, whole=not lean)
             bundle = _bundle(parts, facts, example, folder, settings) | about
             write_json(folder / BUNDLE, bundle)
             agreement = _agreement_of(network, folder, example, parts)
@@ -398,68 +391,6 @@ def add_costs(directory: str | Path, costs: CostProfile) -> None:
     write_json(bundle_file(directory), {**read_bundle(directory), "costs": _costs_json(costs)})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineTimes:
-    """Times of one exit in an engine and in torch.
-
-    Attributes:
-        name: name of the exit; "no exits" for the network without exits.
-        agreement: largest difference of the outputs, as a share of the largest output.
-        engine_s: median seconds of the exit's stage and head in the engine.
-        eager_s: median seconds of the exit's stage and head in torch.
-    """
-
-    name: str
-    agreement: float
-    engine_s: float
-    eager_s: float
-
-
-def engine_times(
-    network: MultiExitNetwork,
-    made: EngineNetwork,
-    agreement: Sequence[float],
-    x: Any,
-    *,
-    repeats: int = 300,
-    clock: Clock = SYSTEM_CLOCK,
-) -> tuple[EngineTimes, ...]:
-    """Measure a network in torch and in another engine by turns.
-
-    Taking turns exposes both to the same changes of the machine.
-
-    Args:
-        network: network in torch, on the CPU.
-        made: the same network in the engine.
-        agreement: differences of the outputs from `differences`, reported beside the times.
-        x: one input.
-        repeats: number of measured runs.
-        clock: clock to measure with.
-    """
-    runs = [functools.partial(_times_of_one_run, each, x, clock) for each in (network, made)]
-    with evaluating(network), torch.inference_mode():
-        times = list(interleaved(runs, repeats=repeats, warm_up=WARM_UP))
-    eager, engine = np.median(times, axis=0).tolist()
-    names = (*network.exit_names, "no exits")
-    apart = (*agreement, agreement[-1])
-    return tuple(
-        EngineTimes(name=name, agreement=difference, engine_s=engine_s, eager_s=eager_s)
-        for name, difference, engine_s, eager_s in zip(names, apart, engine, eager, strict=True)
-    )
-
-
-def _times_of_one_run(network: Any, x: Any, clock: Clock) -> list[float]:
-    """Measure the seconds of each exit and of the network without exits."""
-    instants = [clock.now()]
-    with network.exits(x) as run:
-        for exit in run:
-            exit.output()
-            instants.append(clock.now())
-    call_model(network.backbone, x)
-    instants.append(clock.now())
-    return [later - before for before, later in itertools.pairwise(instants)]
-
-
 def _damaged(directory: str | Path, what: str) -> StorageError:
     return StorageError(
         f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export "
@@ -477,6 +408,57 @@ def _check(settings: EngineSettings, engines: Sequence[str]) -> None:
             "'onnxruntime' or 'openvino'."
         )
     checks.at_least(RunError, 1, threads=settings.threads or 0)
+
+
+def _check_dtypes(network: MultiExitNetwork, example: Any, engine: str) -> None:
+    """Refuse a network whose numbers are of a type that numpy does not have.
+
+    Raises:
+        ExportFailed: if it has parameters, buffers or inputs of such a type.
+    """
+    inputs = input_tensors(example, input_names(example))
+    tensors = itertools.chain(network.parameters(), network.buffers(), inputs)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        try:
+            torch.empty(0, dtype=dtype).numpy()
+        except TypeError as error:
+            name = str(dtype).removeprefix("torch.")
+            raise ExportFailed(
+                f"the network or its input is in {name}, which numpy does not have, and {engine} "
+                "takes arrays of numpy; export network.float() with example.float(), or use "
+                'engine="compile", "aoti" or "eager".'
+            ) from error
+
+
+def samples_of(calibration: Iterable[Any], names: Sequence[str]) -> list[tuple[Tensor, ...]]:
+    """Return the inputs of the first batches, without their targets.
+
+    Raises:
+        RunError: if there is no batch.
+        NetworkError: if a batch has other inputs than the example.
+    """
+    samples: list[tuple[Tensor, ...]] = []
+    count = 0
+    for batch in calibration:
+        samples.append(tuple(input_tensors(_without_targets(batch, names), names)))
+        count += batch_size_of(samples[-1])
+        if count >= MOST_CALIBRATION:
+            log.info("ranges for 8 bits come from the first %d samples", count)
+            break
+    if not samples:
+        raise RunError(
+            "precision='int8-static' without calibration; expected batches of inputs from which to "
+            "determine the ranges of features: calibration=[x, ...]."
+        )
+    return samples
+
+
+def _without_targets(batch: Any, names: Sequence[str]) -> Any:
+    """Return the input of a batch, which data sets give with its targets."""
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name in names}
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    return batch[0] if pair and set(input_names(batch)) != set(names) else batch
 
 
 def _check_place(directory: Path, force: bool) -> None:
@@ -498,7 +480,7 @@ def _write_parts(
     facts: NetworkFacts,
     folder: Path,
     settings: EngineSettings,
-    calibration: Sequence[Any],
+    samples: Sequence[tuple[Tensor, ...]],
     scoring: Scoring,
     *,
     whole: bool,
@@ -508,8 +490,11 @@ def _write_parts(
         return
     write_parts(parts, folder, settings.engine, whole=whole, scoring=scoring)
     if settings.precision != "fp32":
-        batches = [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration]
-        quantise(parts, folder, settings, batches)
+        quantise(parts, folder, settings, samples)
+    elif settings.engine == "onnxruntime":
+        for index, takes in enumerate(parts.wiring.takes):
+            names = [name for name in takes if name not in parts.wiring.inputs]
+            enter_blocked(folder / f"stage{index}.onnx", names)
 
 
 def _bundle(
@@ -543,7 +528,7 @@ def _bundle(
         "whole": f"whole.{ending}" if (folder / f"whole.{ending}").is_file() else None,
         "threads": settings.threads,
         "agreement": None,
-        "tolerance": TOLERANCE if settings.precision == "fp32" else None,
+        "tolerance": tolerance_of(parts.whole) if settings.precision == "fp32" else None,
         "costs": None,
         "policy": None,
         "facts": list(map(dataclasses.asdict, facts.stages)),
@@ -607,109 +592,6 @@ def _facts(bundle: Mapping[str, Any], directory: Path) -> NetworkFacts:
         "task": bundle.get("task", "classification"),
     }
     return from_plain(stored, NetworkFacts, where=str(bundle_file(directory)))
-
-
-def check_agreement(
-    network: MultiExitNetwork,
-    made: EngineNetwork,
-    example: Any,
-    precision: str = "fp32",
-    *,
-    sizes: Sequence[int] = (1, 3),
-) -> list[float]:
-    """Check that two networks' outputs agree, and return the differences.
-
-    Raises:
-        ExportFailed: if a difference is larger than rounding explains, or not a number.
-    """
-    # No noise in 8 bits: it would exceed the ranges that were determined.
-    agreement = differences(network, made, example, noise=precision == "fp32", sizes=sizes)
-    for index, found in enumerate(agreement):
-        # "not <=" instead of ">", to catch NaN
-        if not found <= (TOLERANCE if precision == "fp32" else float("inf")):
-            raise ExportFailed(
-                f"in {made.engine} exit {index} ({network.exit_names[index]}) differs from the "
-                f"network by {found:.2g} of its largest output; expected at most {TOLERANCE:g}. "
-                'Use engine="eager", and please report the model.'
-            )
-    return agreement
-
-
-def differences(
-    network: MultiExitNetwork,
-    made: EngineNetwork,
-    example: Any,
-    *,
-    noise: bool = True,
-    sizes: Sequence[int] = (1, 3),
-) -> list[float]:
-    """Return the largest difference between two networks' outputs for each exit.
-
-    A difference is a share of the largest output. The network without exits counts with the last
-    exit.
-
-    Args:
-        network: a network.
-        made: the same network in an engine.
-        example: an example input.
-        noise: whether to add noise to the example.
-        sizes: batch sizes to compare at, besides that of the example.
-    """
-    found = []
-    for size in dict.fromkeys((*sizes, batch_size_of(example))):
-        x = varied(example, size, noise)
-        with evaluating(network), torch.inference_mode():
-            wanted = network(x)
-            with made.exits(x) as run:
-                given = [exit.output() for exit in run]
-            whole = call_model(made.backbone, x)
-        apart = [_largest(here - there) for here, there in zip(wanted, given, strict=True)]
-        alone = _largest(wanted[-1] - whole)
-        apart[-1] = float(np.maximum(apart[-1], alone))
-        spread = [_largest(here - here[:1]) for here in wanted]
-        found.append((apart, spread, [_largest(here) for here in wanted]))
-    # numpy's maxima, because Python's would lose NaN.
-    most = np.max(found, axis=0).tolist()
-    for index, (_, spread, _) in enumerate(zip(*most, strict=True)):
-        if spread == 0.0:
-            warnings.warn(
-                f"exit {index} ({network.exit_names[index]}) gives the same output for every "
-                "input, so comparing it shows nothing; expected a trained network.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
-    return [apart / (scale or 1.0) for apart, _, scale in zip(*most, strict=True)]
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().max())
-
-
-def varied(x: Any, size: int, noise: bool = True) -> Any:
-    """Make an input of another batch size from an example.
-
-    With noise, the samples differ from the example's: noise is added to floating-point numbers,
-    and whole numbers (tokens) are put in another order.
-    """
-    generator = torch.Generator().manual_seed(size)
-    batch = batch_size_of(x)
-
-    def vary(value: Tensor) -> Tensor:
-        rows = value[torch.arange(size) % batch]
-        if not noise:
-            return rows
-        if rows.is_floating_point():
-            return rows + torch.randn(rows.shape, generator=generator).to(rows) * (
-                float(rows.std()) or 1.0
-            )
-        if rows.dtype == torch.bool or rows.dim() < 2:
-            return rows
-        order = torch.stack(
-            [torch.randperm(rows[0].numel(), generator=generator) for _ in range(size)]
-        )
-        return rows.flatten(1).gather(1, order).view_as(rows)
-
-    return map_samples(vary, x)
 
 
 _RUN = '''"""Run the network in this directory: python run.py --help.

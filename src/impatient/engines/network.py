@@ -160,19 +160,18 @@ class EngineExit(Exit):
         Raises:
             RunError: if all exits are in one session, which gives no features.
         """
-        if self._exit.features is None:
+        features = self._exit.features
+        if features is None:
             raise RunError(
                 "an engine with one session of all exits gives no features; use one with a session "
                 "per stage."
             )
-        return _to_torch(self._exit.features)
+        return _to_torch(features)
 
     @property
     def row_bytes(self) -> float:
         """Return the size of one sample's features, 0 in a session."""
-        if self._exit.features is None:
-            return 0.0
-        return float(self._exit.features.nbytes / self._exit.features.shape[0])
+        return self._exit.row_bytes
 
     def output(self) -> Tensor:
         """Compute the head at the first call, which may also come later.

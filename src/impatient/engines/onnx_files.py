@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import inspect
 import warnings
@@ -9,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +97,23 @@ def write_parts(
             raise ExportFailed(
                 f"writing ONNX needs {package}, which is not installed: pip install {package}."
             )
-    for file in _files(parts, engine, scoring or Scoring()):
-        if whole or file.name != "whole":
-            write_file(file, folder)
+    with _one_registry():
+        for file in _files(parts, engine, scoring or Scoring()):
+            if whole or file.name != "whole":
+                write_file(file, folder)
+
+
+@contextlib.contextmanager
+def _one_registry() -> Iterator[None]:
+    """Let torch read its table of ONNX functions once instead of once per file.
+
+    It parses the source of some 500 functions each time, more than half of the time of an export.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    with mock.patch.object(ONNXRegistry, "from_torchlib", read):
+        yield
 
 
 def _files(parts: Parts, engine: str, scoring: Scoring) -> Iterator[OnnxFile]:

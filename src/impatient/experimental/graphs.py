@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from impatient.engines.export import check_agreement
+from impatient.engines.comparison import check_agreement
 from impatient.engines.network import EngineNetwork, EngineSettings, NetworkFacts
 from impatient.engines.partition import partition
 from impatient.errors import NetworkError

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .answers import Answer, BatchProgress, StoppedBy
+from .bound import BoundStaged
 from .checksums import check_file
 from .description import (
     COSTS,
@@ -315,7 +316,7 @@ class Bundle:
         *early, last = self.description["heads"]
         heads = [self._part(name) for name in early]
         self._check_parts(stages, heads)
-        return Staged(self.wiring, stages, [*heads, last])
+        return BoundStaged(self.wiring, stages, [*heads, last])
 
     def _check_parts(self, stages: Sequence[EnginePart], heads: Sequence[EnginePart]) -> None:
         """Compare what parts take and give with the wiring."""

@@ -49,6 +49,33 @@ class EngineFile:
         raise NotImplementedError
 
 
+class BoundPart:
+    """A part with memory of its own for what it gives, and mostly for what it takes.
+
+    Attributes:
+        outputs: memory of what it gives, in order.
+
+    Thread:
+        `cancel` may be called from any thread, everything else from one thread at a time.
+    """
+
+    outputs: tuple[Array, ...]
+
+    def __call__(self, *fresh: Array) -> None:
+        """Compute the outputs.
+
+        Args:
+            fresh: what it takes from elsewhere, of the same shapes each time.
+        Raises:
+            Cancelled: if `cancel` was called before the call was done.
+        """
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """End the call in flight early."""
+        raise NotImplementedError
+
+
 class EnginePart(EngineFile, CancellablePart):
     """One ONNX file that is called with numpy arrays in order.
 
@@ -87,6 +114,15 @@ class EnginePart(EngineFile, CancellablePart):
             f"{self.package} cannot run {self.path} with {given or 'no inputs'}: {error} Give "
             "others; if they are right, export the network again."
         )
+
+    def bind(self, inputs: Sequence[Array], fresh: Sequence[int]) -> BoundPart:
+        """Compute the outputs once, and bind the memory of all values.
+
+        Args:
+            inputs: memory of what the part takes, in order.
+            fresh: places of inputs that are given anew at each call.
+        """
+        raise NotImplementedError
 
     def one(self, *inputs: Array) -> Array:
         """Compute the only output of a part, such as a head."""
@@ -130,6 +166,9 @@ class OnnxRuntimePart(EnginePart):
         self._names = [entry.name for entry in entries]
         self.takes = [len(entry.shape) for entry in entries]
         self.gives = [len(entry.shape) for entry in self._session.get_outputs()]
+        # Without checks of names, which cannot be wrong here.
+        self._run = self._session._sess.run
+        self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._new_options = onnxruntime.RunOptions
         # The options of each thread's call in flight.
         self._options: dict[int, Any] = {}
@@ -141,9 +180,8 @@ class OnnxRuntimePart(EnginePart):
         number = threading.get_ident()
         self._options[number] = options
         try:
-            return tuple(
-                self._session.run(None, dict(zip(self._names, inputs, strict=True)), options)
-            )
+            given = dict(zip(self._names, inputs, strict=True))
+            return tuple(self._run(self._outputs, given, options))
         except Exception as error:
             if options.terminate:
                 raise Cancelled("the call was ended by cancel().") from error
@@ -156,6 +194,57 @@ class OnnxRuntimePart(EnginePart):
         for number, options in self._options.copy().items():
             if thread in (None, number):
                 options.terminate = True
+
+    def bind(self, inputs: Sequence[Array], fresh: Sequence[int]) -> BoundPart:
+        outputs = tuple([np.require(output, requirements="C") for output in self(*inputs)])
+        binding = self._session.io_binding()
+        for place, (name, array) in enumerate(zip(self._names, inputs, strict=True)):
+            if place not in fresh:
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        kept = [array for place, array in enumerate(inputs) if place not in fresh]
+        for name, array in zip(self._outputs, outputs, strict=True):
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        names = [self._names[place] for place in fresh]
+        return _OnnxRuntimeBound(self, binding, names, kept, outputs)
+
+
+class _OnnxRuntimeBound(BoundPart):
+    def __init__(
+        self,
+        part: OnnxRuntimePart,
+        binding: Any,
+        fresh: Sequence[str],
+        inputs: Sequence[Array],
+        outputs: tuple[Array, ...],
+    ) -> None:
+        self.outputs = outputs
+        self._part = part
+        # The public method checks for captured graphs, which takes as long as a small stage.
+        self._run = part._session._sess.run_with_iobinding
+        self._binding = binding._iobinding
+        self._fresh = fresh
+        # The session reads this memory.
+        self._inputs = inputs
+        self._new_options = part._new_options
+        self._options = part._new_options()
+
+    def __call__(self, *fresh: Array) -> None:
+        # Options cannot be reset after `terminate`.
+        if self._options.terminate:
+            self._options = self._new_options()
+        # Kept until the call is done.
+        arrays = [np.require(array, requirements="C") for array in fresh]
+        for name, array in zip(self._fresh, arrays, strict=True):
+            self._binding.bind_input(name, array)
+        try:
+            self._run(self._binding, self._options)
+        except Exception as error:
+            if self._options.terminate:
+                raise Cancelled("the call was ended by cancel().") from error
+            raise self._part._failed(error, arrays) from error
+
+    def cancel(self) -> None:
+        self._options.terminate = True
 
 
 def onnxruntime_session(path: Path, threads: int) -> Any:
@@ -202,6 +291,17 @@ class OpenVinoPart(EnginePart):
         self._compute(loan.request, arrays)
         return tuple(self._output(loan, index, arrays) for index in range(len(self.gives)))
 
+    def bind(self, inputs: Sequence[Array], fresh: Sequence[int]) -> BoundPart:
+        outputs = tuple([np.array(output) for output in self(*inputs)])
+        request = self._compiled.create_infer_request()
+        for place, array in enumerate(inputs):
+            if place not in fresh:
+                request.set_input_tensor(place, self._tensor(array, shared_memory=True))
+        for place, array in enumerate(outputs):
+            request.set_output_tensor(place, self._tensor(array, shared_memory=True))
+        kept = [array for place, array in enumerate(inputs) if place not in fresh]
+        return _OpenVinoBound(self, request, fresh, kept, outputs)
+
     def _request(self) -> Any:
         try:
             return self._idle.pop()
@@ -245,6 +345,44 @@ def _rank(entry: Any) -> int | None:
     """Return the number of dimensions of an input or output of OpenVINO."""
     rank = entry.get_partial_shape().rank
     return rank.get_length() if rank.is_static else None
+
+
+class _OpenVinoBound(BoundPart):
+    def __init__(
+        self,
+        part: OpenVinoPart,
+        request: Any,
+        fresh: Sequence[int],
+        inputs: Sequence[Array],
+        outputs: tuple[Array, ...],
+    ) -> None:
+        self.outputs = outputs
+        self._part = part
+        self._request = request
+        self._tensor = part._tensor
+        self._fresh = fresh
+        # The request reads this memory.
+        self._inputs = inputs
+        self._ended = False
+
+    def __call__(self, *fresh: Array) -> None:
+        self._ended = False
+        # A shared tensor must be contiguous and writable, and does not keep its array alive.
+        arrays = [np.require(array, requirements=["C", "W"]) for array in fresh]
+        for place, array in zip(self._fresh, arrays, strict=True):
+            self._request.set_input_tensor(place, self._tensor(array, shared_memory=True))
+        try:
+            # infer() would be faster, but cannot be cancelled.
+            self._request.start_async()
+            self._request.wait()
+        except Exception as error:
+            if self._ended:
+                raise Cancelled("the call was ended by cancel().") from error
+            raise self._part._failed(error, arrays) from error
+
+    def cancel(self) -> None:
+        self._ended = True
+        self._request.cancel()
 
 
 @functools.cache

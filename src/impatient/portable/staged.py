@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,13 @@ class Exit:
         self.whole = whole
         self._output: Any = features if head is None and output is None else output
         self._score = score
+
+    @property
+    def row_bytes(self) -> float:
+        """Return the size of one sample's features, 0 where there are none."""
+        if self.features is None:
+            return 0.0
+        return float(self.features.nbytes / self.features.shape[0])
 
     def output(self) -> Any:
         """Return the output of the head, such as [B, num_classes] before softmax.
@@ -215,20 +223,20 @@ class StagedRun(Run):
         self._values = dict(zip(wiring.inputs, inputs, strict=True))
         self._next = 0
         self._lock = threading.Lock()
-        # Number of the thread on which a stage is in flight.
-        self._thread: int | None = None
+        # Ends the stage in flight; None where there is none, or its engine cannot.
+        self._end: Callable[[], None] | None = None
 
     def __next__(self) -> Exit:
         index = self._next
         if index >= len(self._stages):
             raise StopIteration
-        self._thread = threading.get_ident()
+        stage = self._stages[index]
+        if isinstance(stage, CancellablePart):
+            self._end = functools.partial(stage.cancel, threading.get_ident())
         try:
-            given = self._stages[index](*(self._values[name] for name in self._wiring.takes[index]))
+            given = stage(*(self._values[name] for name in self._wiring.takes[index]))
         finally:
-            # A late `cancel` must not end another run's call on this thread.
-            with self._lock:
-                self._thread = None
+            self._landed()
         self._values.update(zip(self._wiring.gives[index], given, strict=True))
         features = self._values[self._wiring.features[index]]
         self._next += 1
@@ -245,11 +253,14 @@ class StagedRun(Run):
 
     def cancel(self) -> None:
         with self._lock:
-            if self._thread is not None:
-                stage = self._stages[self._next]
-                if isinstance(stage, CancellablePart):
-                    stage.cancel(self._thread)
+            if self._end is not None:
+                self._end()
 
     def close(self) -> None:
         self._next = len(self._stages)
         self._values.clear()
+
+    def _landed(self) -> None:
+        # A late `cancel` must not end another run's call.
+        with self._lock:
+            self._end = None

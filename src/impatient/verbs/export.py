@@ -30,7 +30,7 @@ from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from impatient.engines.export import EngineTimes
+    from impatient.engines.comparison import EngineTimes
 
 Engine = Literal["onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti"]
 Precision = Literal["fp32", "int8-dynamic", "int8-static"]
@@ -78,7 +78,8 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     """
     import torch
 
-    from impatient.engines.export import add_costs, engine_times, read_bundle
+    from impatient.engines.comparison import engine_times
+    from impatient.engines.export import add_costs, read_bundle
     from impatient.engines.network import engine_label
     from impatient.trees import take
 
