@@ -8,8 +8,8 @@
 A ResNet for CIFAR (n = 9, c = 16), batch 1, in 4 and 16 stages, without heads: as a run of an
 engine network and of an exported directory, as bound parts called one after the other (what remains
 there is the engine's own), and as parts called with arrays, all in turn with one session of the
-whole network, and with that again (A/A). One thread: the thread's processor time. Two: seconds. Each is
-the least of three calls in a row, as a share of the session's in the same round.
+whole network, and with that again (A/A). One thread: the thread's processor time. Two: seconds. Each
+is the least of three calls in a row, as a share of the session's in the same round.
 
 Where the time of ONNX Runtime goes is in the last column: the nodes that it runs in the stages more
 than in the whole, after its own optimisation.
