@@ -8,8 +8,9 @@
 A ResNet for CIFAR (n = 9, c = 16), batch 1, in 4 and 16 stages, without heads: as a run of an
 engine network and of an exported directory, as bound parts called one after the other (what remains
 there is the engine's own), and as parts called with arrays, all in turn with one session of the
-whole network, and with that again (A/A). One thread: the thread's processor time. Two: seconds. Each
-is the least of three calls in a row, as a share of the session's in the same round.
+whole network, and with that again (A/A). With one thread, times are the process's processor time,
+with two they are seconds; each is the least of three calls in a row, as a share of the session's in
+the same round.
 
 Where the time of ONNX Runtime goes is in the last column: the nodes that it runs in the stages more
 than in the whole, after its own optimisation.
@@ -94,7 +95,7 @@ def timed(work: Callable[[], object], clock: Callable[[], float]) -> Callable[[]
 
 
 def measure(place: Path, x: torch.Tensor, threads: int, rounds: int) -> list[Row]:
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    clock = time.process_time if threads == 1 else time.perf_counter
     named = ways(place, x, threads)
     works = [timed(work, clock) for work in named.values()]
     times = np.array(list(interleaved(works, repeats=rounds, warm_up=10)))
