@@ -678,6 +678,57 @@ def test_even_shares_of_known_cases(
     assert _even(shares, count) == chosen
 
 
+def test_prices_count_as_squared_distances() -> None:
+    shares = [0.2, 0.25, 0.3, 0.7]
+    assert _even(shares, 2, [0.0] * 4) == _even(shares, 2) == (2,)
+    assert _even(shares, 2, [0.0, 0.0, 0.03, 0.0]) == (3,)
+    assert _even(shares, 3, [0.0, 0.0, 1.0, 1.0]) == (0, 1)
+
+
+class Narrowing(nn.Module):
+    """Blocks of which the third hands on a tenth of the bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (8, 80, 80, 8, 80, 80)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(before, width), nn.ReLU())
+            for before, width in itertools.pairwise(widths)
+        )
+        self.last = nn.Linear(80, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def test_for_an_engine_exits_are_placed_where_few_bytes_cross(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = Narrowing(), torch.randn(2, 8)
+    shares = {"blocks.0": 0.2, "blocks.1": 0.45, "blocks.2": 0.58, "blocks.3": 0.8}
+
+    def measured(*given: object) -> list[float]:
+        cuts: Any = given[2]
+        return [shares.get(cut.module, 0.9) for cut in cuts]
+
+    monkeypatch.setattr(placement, "_shares", measured)
+
+    def placed(count: int, engine: str) -> list[str]:
+        return [str(cut) for cut in choose(model, x, count, engine=engine)]
+
+    assert placed(2, "eager") == placed(2, "onnxruntime-session") == ["blocks.1"]
+    assert placed(2, "onnxruntime") == placed(2, "openvino") == ["blocks.2"]
+    # not at any price
+    shares["blocks.2"] = 0.7
+    assert placed(2, "onnxruntime") == ["blocks.1"]
+    network = attach_exits(model, example=x, count=2, engine="onnxruntime")
+    assert network.exit_names[:-1] == ("blocks.1",)
+    with pytest.raises(ExitNotFound, match="engine='tensorrt'; expected one of eager, compile"):
+        attach_exits(model, example=x, engine="tensorrt")
+
+
 # --- a period apart -------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from impatient import checks
 from impatient.anytime import Exit, Network
 from impatient.errors import (
     ONE_COLUMN,
@@ -260,6 +261,7 @@ def attach_exits(
     layout: Layout | None = None,
     mask: MaskName = USUAL_MASK,
     output: OutputName = None,
+    engine: str = "eager",
 ) -> MultiExitNetwork:
     """Give a model exits without changing it.
 
@@ -288,6 +290,8 @@ def attach_exits(
             the input. None lets heads read padding.
         output: which part of what the backbone returns is its answer, where it is not unmistakable:
             a key or attribute, a place, or a function of what it returns.
+        engine: engine of `to_engine` that the network is for. With one that is cut into stages,
+            "auto" prefers places where few bytes cross.
     Returns:
         A network whose last output equals the untouched backbone's bit for bit.
     Raises:
@@ -316,7 +320,7 @@ def attach_exits(
     output = meaning.reads if output is None else output
     answer = _answer(backbone, example, output)
     classes = _check_answer(answer, num_classes, meaning)
-    cuts = _place(backbone, example, after, count, output)
+    cuts = _place(backbone, example, after, count, output, engine)
     built, layouts = _build_heads(
         backbone, example, cuts, heads, answer, meaning, layout, mask_of(example, mask)
     )
@@ -343,12 +347,14 @@ def _place(
     after: Sequence[str | Cut] | str,
     count: int,
     output: OutputName,
+    engine: str,
 ) -> list[Cut]:
+    checks.one_of(ExitNotFound, placement.ENGINES, engine=engine)
     if not isinstance(after, str):
         return placement.resolve(backbone, example, after)
     rule, _, period = after.partition(":")
     if after == "auto":
-        cuts = placement.choose(backbone, example, count, output=output)
+        cuts = placement.choose(backbone, example, count, output=output, engine=engine)
     elif rule == "every" and period.isdecimal():
         cuts = placement.every(backbone, example, int(period))
     elif rule == "calls" and period:

@@ -38,6 +38,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 # Share of the total time by which an exit may miss its place. With less, exits would be placed
 # inside blocks whenever the machine is busy.
 _FAR = 0.2
+# Engines that write every tensor that crosses a cut, and fuse nothing across it.
+CUT_ENGINES = ("compile", "onnxruntime", "openvino", "aoti")
+ENGINES = ("eager", *CUT_ENGINES, "onnxruntime-session", "openvino-session")
+# The place that hands on most bytes is as bad as missing the even place by this share of a stage.
+_PRICE = 0.25
 _SILENT = (
     nn.ReLU,
     nn.GELU,
@@ -194,7 +199,13 @@ def _similar(name: str, model: nn.Module) -> list[str]:
 
 
 def choose(
-    model: nn.Module, x: Any, count: int, repeats: int = 5, *, output: OutputName = None
+    model: nn.Module,
+    x: Any,
+    count: int,
+    repeats: int = 5,
+    *,
+    output: OutputName = None,
+    engine: str = "eager",
 ) -> list[Cut]:
     """Place count - 1 cuts at even shares of measured time.
 
@@ -202,6 +213,8 @@ def choose(
     and no share is missed by more than a fifth of the time. Otherwise they are among the blocks
     inside these, if that is at least twice as near to the even shares. Blocks whose features do not
     affect the output are left out: those on a side path or after the last use of their features.
+    For an engine that is cut into stages, of places about as near the one is taken at which fewer
+    bytes cross.
 
     Raises:
         ExitNotFound: if the model has fewer places than that.
@@ -220,7 +233,10 @@ def choose(
         most = max(most, usable, key=len)
         if len(usable) < count - 1:
             continue
-        cuts, missed = _evenly(model, x, usable, _shares(model, x, usable, repeats), count, output)
+        shares = _shares(model, x, usable, repeats)
+        prices = _prices(model, x, usable, count) if engine in CUT_ENGINES else [0.0] * len(usable)
+        places = list(zip(usable, shares, prices, strict=True))
+        cuts, missed = _evenly(model, x, places, count, output)
         if missed < miss / 2:
             chosen = cuts
             miss = missed
@@ -401,11 +417,20 @@ def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list
     return [min(run.ended_s[cut.module, cut.call] for run in runs) / total for cut in cuts]
 
 
+def _prices(model: nn.Module, x: Any, cuts: Sequence[Cut], count: int) -> list[float]:
+    """Return what each cut costs an engine, as a squared distance from the even place.
+
+    ONNX Runtime changes the layout of what crosses, and back, so cuts cost in proportion to bytes.
+    """
+    traced = trace(model, x, sorted({cut.module for cut in cuts}))
+    sizes = [traced.features[cut.module, cut.call].nbytes for cut in cuts]
+    return [(_PRICE / count) ** 2 * size / max(sizes) for size in sizes]
+
+
 def _evenly(
     model: nn.Module,
     x: Any,
-    cuts: Sequence[Cut],
-    shares: Sequence[float],
+    places: Sequence[tuple[Cut, float, float]],
     count: int,
     output: OutputName,
 ) -> tuple[list[Cut], float]:
@@ -413,17 +438,26 @@ def _evenly(
 
     Cuts that do not affect the output are left out. If too few are left, there are no cuts and the
     distance is infinite.
+
+    Args:
+        model: a model.
+        x: an example input.
+        places: cut, share of the time and price of each place.
+        count: number of stages.
+        output: which part of the model's output is its answer.
     """
-    left = list(zip(cuts, shares, strict=True))
+    cuts = [cut for cut, _, _ in places]
+    left = list(places)
     while len(left) >= count - 1:
-        picked = [left[index] for index in _even([share for _, share in left], count)]
-        idle = _idle(model, x, [cut for cut, _ in picked], cuts, output)
+        _, shares, prices = zip(*left, strict=True)
+        picked = [left[index] for index in _even(shares, count, prices)]
+        idle = _idle(model, x, [cut for cut, _, _ in picked], cuts, output)
         if not idle:
             missed = max(
-                abs(share - target / count) for target, (_, share) in enumerate(picked, start=1)
+                abs(share - target / count) for target, (_, share, _) in enumerate(picked, start=1)
             )
-            return [cut for cut, _ in picked], missed
-        left = [(cut, share) for cut, share in left if cut not in idle]
+            return [cut for cut, _, _ in picked], missed
+        left = [place for place in left if place[0] not in idle]
     return [], float("inf")
 
 
@@ -463,17 +497,26 @@ def _matters(
     return not replaced or not torch.equal(output, untouched)
 
 
-def _even(shares: Sequence[float], count: int) -> tuple[int, ...]:
-    """Return increasing indices of the shares nearest to 1/count, 2/count, ..."""
+def _even(
+    shares: Sequence[float], count: int, prices: Sequence[float] | None = None
+) -> tuple[int, ...]:
+    """Return increasing indices of the shares nearest to 1/count, 2/count, ...
+
+    Args:
+        shares: share of the time at each place, increasing.
+        count: number of stages.
+        prices: what each place costs, as a squared distance; by default nothing.
+    """
     targets = [index / count for index in range(1, count)]
+    prices = [0.0] * len(shares) if prices is None else prices
     # Dynamic programming over (targets, shares), for the increasing assignment with the least sum
-    # of squared distances.
+    # of squared distances and prices.
     best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] * (len(shares) + 1)]
     for row, target in enumerate(targets, start=1):
         line: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())]
-        for column, share in enumerate(shares, start=1):
+        for column, (share, price) in enumerate(zip(shares, prices, strict=True), start=1):
             before, chosen = best[row - 1][column - 1]
-            taken = (before + (share - target) ** 2, (*chosen, column - 1))
+            taken = (before + (share - target) ** 2 + price, (*chosen, column - 1))
             line.append(min(line[-1], taken, key=lambda entry: entry[0]))
         best.append(line)
     return best[-1][-1][1]

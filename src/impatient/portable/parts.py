@@ -241,7 +241,7 @@ class _OnnxRuntimeBound(BoundPart):
         except Exception as error:
             if self._options.terminate:
                 raise Cancelled("the call was ended by cancel().") from error
-            raise self._part._failed(error, arrays) from error
+            raise self._part._failed(error, [*arrays, *self._inputs]) from error
 
     def cancel(self) -> None:
         self._options.terminate = True
@@ -378,7 +378,7 @@ class _OpenVinoBound(BoundPart):
         except Exception as error:
             if self._ended:
                 raise Cancelled("the call was ended by cancel().") from error
-            raise self._part._failed(error, arrays) from error
+            raise self._part._failed(error, [*arrays, *self._inputs]) from error
 
     def cancel(self) -> None:
         self._ended = True

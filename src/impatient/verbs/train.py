@@ -67,6 +67,9 @@ Head = Literal[
 ]
 
 
+CutEngine = Literal["eager", "compile", "onnxruntime", "openvino", "aoti"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions(VerbOptions):
     """Train a network with exits, or go on from its checkpoint.
@@ -83,6 +86,8 @@ class TrainOptions(VerbOptions):
             the model's own.
         after: Modules to exit after, instead of --exits; every:2 for every second block; calls:step
             for every call of a loop's step.
+        engine: Engine that the network is for: with onnxruntime, openvino, compile or aoti, exits
+            are placed where few bytes cross.
         heads: Kind of early prediction layers; by default linear, or the model's own.
         weights: Exit weights: uniform, linear, half_end, sieve, exp_lin or inverse_square, with
             options (sieve:last_to_early=2,total=all); adaloss; numbers such as 1,0.5,1; or a budget
@@ -109,6 +114,7 @@ class TrainOptions(VerbOptions):
     init: Text = None
     exits: PositiveOrNone = None
     after: Names = ()
+    engine: CutEngine = "eager"
     heads: Annotated[Head | None, one_of(Head), OFF] = None
     weights: Text = None
     mode: Literal["interruptible", "contract"] = "interruptible"
@@ -331,6 +337,7 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
             heads=heads,
             num_classes=outputs,
             task=task,
+            engine=options.engine,
         )
     if options.ensembling:
         network = impatient.networks.RunningEnsemble(network, options.ensembling)
