@@ -679,7 +679,7 @@ def test_even_shares_of_known_cases(
 
 
 def test_prices_count_as_squared_distances() -> None:
-    shares = [0.2, 0.25, 0.3, 0.7]
+    shares = [0.2, 0.25, 0.35, 0.7]
     assert _even(shares, 2, [0.0] * 4) == _even(shares, 2) == (2,)
     assert _even(shares, 2, [0.0, 0.0, 0.03, 0.0]) == (3,)
     assert _even(shares, 3, [0.0, 0.0, 1.0, 1.0]) == (0, 1)
