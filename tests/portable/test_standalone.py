@@ -50,7 +50,7 @@ from impatient.portable.description import write
 from impatient.portable.staged import CancellablePart, Exit
 from impatient.portable.thresholds import Scores, probabilities
 from impatient.provenance import machine
-from onnx_parts import RANDOM, X, description, node, truth, write_onnx, write_parts
+from onnx_parts import CLASSES, RANDOM, X, description, node, truth, write_onnx, write_parts
 
 pytestmark = pytest.mark.engine
 
