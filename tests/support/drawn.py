@@ -58,7 +58,7 @@ class Detector(nn.Module):
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         memory = self.maps(pictures).flatten(2).transpose(1, 2) + self.places
-        queries = self.queries.expand(len(pictures), -1, -1)
+        queries = self.queries.expand(pictures.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(queries, memory)
         return {"logits": self.classes(queries), "boxes": self.boxes(queries).sigmoid()}

@@ -370,7 +370,8 @@ def exporting(name: str) -> Iterator[None]:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportFailed(
                 f"torch.export cannot trace {name}: {reason} Where control flow depends on the "
-                "data, or the batch's size does not stay a variable, there is no graph to cut; "
+                "data, or the batch's size does not stay a variable (write x.shape[0], not "
+                "len(x)), there is no graph to cut; "
                 'engine="eager" runs every model.'
             ) from error
 
