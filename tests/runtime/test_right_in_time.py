@@ -60,6 +60,14 @@ def best(machine: Machine, times: int) -> float:
     return float(np.interp(allowed_s[:, None] - grid_s, left_s, value, left=0.0).mean())
 
 
+def known_beforehand(machine: Machine, times: int) -> tuple[float, float]:
+    """What the best fixed exit gains, and the deepest exit in time that a clairvoyant takes."""
+    stages_s = np.array([[machine.stage_s() for _ in range(STAGES)] for _ in range(times)])
+    allowed_s = np.linspace(0.5, STAGES + 1, times)[:, None] * BASE_S
+    gains = np.where(stages_s.cumsum(1) <= allowed_s, ACCURACY, 0.0)
+    return float(gains.mean(0).max()), float(gains.max(1).mean())
+
+
 @pytest.mark.parametrize("spread", [0.1, 0.4])
 def test_it_gains_what_the_best_rule_gains_and_more_than_the_others(spread: float) -> None:
     wrong = {"miss_rate": "wrong", "accuracy": ACCURACY}
@@ -67,6 +75,8 @@ def test_it_gains_what_the_best_rule_gains_and_more_than_the_others(spread: floa
     truth = best(Machine(1, spread), 1000)
     # 4,000 answers give the mean within 0.01
     assert truth - 0.015 < found < truth + 0.01
+    fixed, clairvoyant = known_beforehand(Machine(3, spread), 4000)
+    assert fixed + 0.1 < found < clairvoyant + 0.01
     for rule in ({"statistic": "p99"}, {"statistic": "p50"}, {"miss_rate": 0.01}):
         assert found > Machine(0, spread).gained(4000, **rule) - 0.003
 

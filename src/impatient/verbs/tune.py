@@ -88,7 +88,8 @@ def shown(_: TuneOptions, found: Sequence[Tuned]) -> Iterator[Table | str]:
     )
     quantiles = ("p50", "p99", "p99.9")
     yield Table(
-        title="time with the setting over time without it (95 % interval)",
+        title="time with the setting over time without it (95 % interval); empty where the runs "
+        "are too few",
         columns=("setting", "what", "runs", *quantiles),
         left=2,
         rows=[
@@ -96,7 +97,7 @@ def shown(_: TuneOptions, found: Sequence[Tuned]) -> Iterator[Table | str]:
                 each.setting.name if each.setting else "nothing (A/A)",
                 what,
                 str(each.runs),
-                *(_said(ratios[name]) if name in ratios else "too few runs" for name in quantiles),
+                *(_said(ratios[name]) if name in ratios else "" for name in quantiles),
             )
             for each in found
             for what, ratios in each.ratios.items()
@@ -106,8 +107,11 @@ def shown(_: TuneOptions, found: Sequence[Tuned]) -> Iterator[Table | str]:
 
 
 def _said(ratio: Ratio) -> Cell:
-    text = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-    return Cell(text, strong=ratio.verdict != "cannot tell apart")
+    return Cell(
+        f"{ratio.value:.3f}",
+        detail=f"{ratio.low:.3f} to {ratio.high:.3f}",
+        strong=ratio.verdict != "cannot tell apart",
+    )
 
 
 def _advice(found: Sequence[Tuned]) -> str:
