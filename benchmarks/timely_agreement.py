@@ -143,7 +143,6 @@ def both(
     """Give a row with what became of a case in both."""
     made = simulated(model, name, case, test, extra_s=extra_s, reserve_s=RESERVE_S)
     told = real.summary()
-    exits = real.exits[real.in_time]
     return {
         "rule": name,
         "load": case.load,
@@ -153,10 +152,14 @@ def both(
         "difference": round(told["timely_accuracy"] - made.timely_quality, 4),
         "in time, server": round(told["in_time"], 4),
         "in time, simulated": round(made.share_in_time, 4),
-        "mean exit, server": round(float(exits.mean()), 2) if len(exits) else "",
-        "mean exit, simulated": round(float(made.exits[made.in_time].mean()), 2),
+        "mean exit, server": mean_of(real.exits[real.in_time]),
+        "mean exit, simulated": mean_of(made.exits[made.in_time]),
         "generator late p99, ms": round(told["lag_p99_s"] * 1e3, 2),
     }
+
+
+def mean_of(exits: np.ndarray) -> float | str:
+    return round(float(exits.mean()), 2) if len(exits) else ""
 
 
 def main() -> None:
