@@ -204,19 +204,20 @@ def shown(_: RunOptions, answered: Answered) -> Iterator[Table | str]:
 
 def _stats(report: RunReport, exits: Sequence[str]) -> Table:
     """Make a table of what became of runs."""
-    rows = [
-        ("late", percent(report.missed), "of the answers with a deadline"),
-        ("floor", percent(report.floor), "late had the first exit alone answered"),
-        ("used", percent(report.used), "of the time allowed, in the median answer in time"),
-    ]
-    if not report.with_deadline:
-        rows = []
+    rows = []
+    if report.with_deadline:
+        rows = [
+            ("late", "of the answers with a deadline", percent(report.missed)),
+            ("floor", "late had the first exit alone answered", percent(report.floor)),
+            ("used", "of the time allowed, in the median answer in time", percent(report.used)),
+        ]
     rows += [
-        (f"exit {exit}", percent(share), f"of the answers, after {exits[exit]}")
+        (f"exit {exit}", f"of the answers, after {exits[exit]}", percent(share))
         for exit, share in report.exits.items()
     ]
-    rows += [(name, percent(share), "of the time") for name, share in report.spent.items()]
-    return Table(title=f"{report.runs} runs", columns=("", "share", "of what"), rows=rows)
+    rows += [(name, "of the time", percent(share)) for name, share in report.spent.items()]
+    columns = ("", "share of what", "share")
+    return Table(title=f"{report.runs} runs", columns=columns, rows=rows, left=2)
 
 
 def plain(answered: Answered) -> Any:
