@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo import ARCHITECTURES, Architecture, build
+from benchmarks.zoo import ARCHITECTURES, Architecture, build, text
 from impatient import attach_exits
 from impatient.errors import ImpatientError
 from impatient.files import write_text
@@ -43,21 +43,32 @@ HERE = Path(__file__).parent
 CSV = HERE / "results" / "coverage.csv"
 PAGE = HERE.parent / "docs" / "coverage.md"
 COUNT = 4
+# tokens of padding that are added to texts
+PADDING = 5
 EXACT = "exact"
 Row = dict[str, str]
 
 # what is found out, and the column that is empty where it has not been tried
-PARTS = {"exactness": "gradients", "parts": "exported parts", "times": "staged / untouched"}
+PARTS = {
+    "exactness": "gradients",
+    "padding": "padding",
+    "parts": "exported parts",
+    "times": "staged / untouched",
+}
+# change by padding, as a share of the largest output, that is only rounding
+ROUNDING = 1e-4
 CHECKS = ("output", "forward()", "exits()", "gradients")
 COLUMNS = (
     "library",
     "architecture",
     "spec",
+    "task",
     "mechanism",
     "exits after",
     "features",
     *CHECKS,
     "batches shrink",
+    "padding",
     "exported parts",
     "staged / untouched",
     "untouched / untouched",
@@ -68,18 +79,27 @@ COLUMNS = (
 # --- exactness ------------------------------------------------------------------------------------
 
 
-def findings(architecture: Architecture, wanted: Sequence[str]) -> Iterator[Row]:
+def findings(
+    architecture: Architecture, wanted: Sequence[str], after: Sequence[str] = ()
+) -> Iterator[Row]:
     """Yield findings about an architecture, part by part.
 
     They end with a "reason" if no exits can be attached.
     Args:
         wanted: some of the PARTS.
+        after: where exits were found before; they are looked for if this is empty.
     """
     model = build(architecture)
     x = architecture.batch(3)
     truth = _untouched(model, x) if "exactness" in wanted else None
     try:
-        network = attach_exits(model, example=architecture.batch(2), count=COUNT).eval()
+        network = attach_exits(
+            model,
+            example=architecture.batch(2),
+            after=list(after) or "auto",
+            count=COUNT,
+            task=architecture.task,
+        ).eval()
     except ImpatientError as error:
         yield {"reason": _first_line(error)}
         return
@@ -89,6 +109,8 @@ def findings(architecture: Architecture, wanted: Sequence[str]) -> Iterator[Row]
             "exits after": " ".join(network.exit_names[:-1]),
         }
         yield compare(network, x, truth)
+    if "padding" in wanted:
+        yield pad(network, x)
     if "parts" in wanted:
         yield export(network, architecture.batch(2), x)
     if "times" in wanted:
@@ -215,6 +237,39 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message[:600]}"
 
 
+# --- padding --------------------------------------------------------------------------------------
+
+
+def pad(network: MultiExitNetwork, x: Mapping[str, Tensor]) -> Row:
+    """Compare the exits of texts in a batch, each alone without padding, and with more of it.
+
+    The figure is the largest change of any exit, divided by the largest output where that is above
+    1.
+    """
+    longer = {name: nn.functional.pad(value, (0, PADDING)) for name, value in x.items()}
+    lengths = x["attention_mask"].sum(1).tolist()
+    with torch.no_grad():
+        together = network(x)
+        padded = network(longer)
+        alone = [
+            network({name: value[row : row + 1, :length] for name, value in x.items()})
+            for row, length in enumerate(lengths)
+        ]
+    changes = [
+        max(
+            _difference(exit, padded[place]),
+            *(_difference(exit[row], one[place][0]) for row, one in enumerate(alone)),
+        )
+        / max(1.0, float(exit.abs().max()))
+        for place, exit in enumerate(together)
+    ]
+    early, last = max(changes[:-1]), changes[-1]
+    if last > ROUNDING:
+        said = f"no: the model's own answer changes by {last:.1g}, early ones by {early:.1g}"
+        return {"padding": said}
+    return {"padding": _exactness(max(changes)) if early <= ROUNDING else f"no: {early:.1g}"}
+
+
 # --- parts and times ------------------------------------------------------------------------------
 
 
@@ -271,7 +326,9 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
 # --- one process per architecture -----------------------------------------------------------------
 
 
-def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> Row:
+def apart(
+    architecture: Architecture, wanted: Sequence[str], after: Sequence[str], limit_s: float
+) -> Row:
     """Run `findings` in a forked process.
 
     The findings have a "reason" if it failed, died or took too long.
@@ -279,7 +336,7 @@ def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> 
     # the libraries are imported once, here
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(architecture, wanted, sender), daemon=True)
+    process = context.Process(target=_send, args=(architecture, wanted, after, sender), daemon=True)
     process.start()
     sender.close()
     row: Row = {}
@@ -300,12 +357,14 @@ def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> 
     return row
 
 
-def _send(architecture: Architecture, wanted: Sequence[str], sender: Connection) -> None:
+def _send(
+    architecture: Architecture, wanted: Sequence[str], after: Sequence[str], sender: Connection
+) -> None:
     # the libraries' own
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        for found in findings(architecture, wanted):
+        for found in findings(architecture, wanted, after):
             sender.send(found)
     except Exception as error:
         sender.send({"reason": _first_line(error)})
@@ -327,19 +386,26 @@ def cover(architecture: Architecture, known: Row, parts: Sequence[str], limit_s:
         "library": architecture.library,
         "architecture": _title(architecture),
         "spec": architecture.spec,
+        "task": architecture.task,
         **known,
     }
-    wanted = [part for part in parts if not row.get(PARTS[part])]
+    wanted = [
+        part
+        for part in parts
+        if not row.get(PARTS[part]) and (part != "padding" or architecture.batch is text)
+    ]
     # else no exits can be attached
     if wanted and ("exactness" in wanted or row.get("mechanism")):
-        row |= apart(architecture, wanted, limit_s)
+        after = [] if "exactness" in wanted else row["exits after"].split()
+        row |= apart(architecture, wanted, after, limit_s)
     return row
 
 
 def _title(architecture: Architecture) -> str:
     options = architecture.spec.split(":")[2:]
     name = architecture.name.removesuffix("Config")
-    return f"{name} ({options[0]})" if options and architecture.library == "torchvision" else name
+    says = [option for option in options if option != "weights_backbone=None"]
+    return f"{name} ({says[0]})" if says and architecture.library == "torchvision" else name
 
 
 # --- rows and page --------------------------------------------------------------------------------
@@ -393,6 +459,10 @@ configurations of about four layers. There is one row per architecture, also in
   and changes when the features at any of the cuts are disturbed. Otherwise the row says so.
 * **Batches shrink**: whether finished samples can be taken out of a running batch
   (`network.shrinks(x)`).
+* **Padding**: three texts, one of them padded, are compared with each alone without padding, and
+  with five more tokens of padding, by their attention mask. The figure is the largest change of
+  any exit, divided by the largest output where that is above 1; up to 1e-4 is rounding.
+* **Task**: what the outputs mean. Early heads of segmentation give maps.
 * **Exported parts**: the network is cut into one graph per stage by `torch.export`, and the parts
   run one after the other at another batch size than the exported one. The figure is the largest
   difference of any exit, divided by the largest output where that is above 1.
@@ -413,6 +483,10 @@ def page(rows: Mapping[str, Row]) -> str:
         f"**{sum(map(works, listed))} of {len(listed)} architectures work**: four exits found, and "
         "the rest as it should be."
     )
+    texts = [row["padding"] for row in listed if row.get("padding")]
+    if texts:
+        same = sum(not said.startswith("no") for said in texts)
+        count += f" **{same} of {len(texts)}** models of texts answer alike at any padding."
     if parts:
         count += f" **{exported} of {len(parts)}** can be exported as parts."
     tables = [
@@ -443,8 +517,10 @@ def _cell(value: str) -> str:
 def _reason(row: Row) -> str:
     """Why a row is not as it should be."""
     texts = [row.get("reason", ""), *(row.get(name, "") for name in ("output", "gradients"))]
+    padding = row.get("padding", "")
     export = row.get("exported parts", "")
     found = [text for text in texts if text not in ("", "informative") and not _is_number(text)]
+    found += [f"padding: {padding.removeprefix('no: ')}"] if padding.startswith("no") else []
     found += [f"no export: {export.removeprefix('no: ')}"] if export.startswith("no") else []
     return "; ".join(found)
 
@@ -463,13 +539,14 @@ def main() -> None:
         help="leave out what staging costs, which needs an idle machine",
     )
     parser.add_argument("--no-parts", action="store_true", help="leave out the export")
+    parser.add_argument("--padding", action="store_true", help="only compare texts by padding")
     parser.add_argument("--only", default="", help="those whose spec contains this")
     parser.add_argument("--again", action="store_true", help="throw away what is known of them")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds per architecture")
     arguments = parser.parse_args()
     left_out = {"times"} if arguments.no_times else set()
     left_out |= {"parts"} if arguments.no_parts else set()
-    parts = [part for part in PARTS if part not in left_out]
+    parts = ["padding"] if arguments.padding else [part for part in PARTS if part not in left_out]
     chosen = [architecture for architecture in ARCHITECTURES if arguments.only in architecture.spec]
     rows = {} if arguments.again and not arguments.only else read_rows()
     import_libraries()

@@ -26,10 +26,11 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A model by its spec, and inputs of a given batch size."""
+    """A model by its spec, inputs of a given batch size, and what its outputs mean."""
 
     spec: str
     batch: Batch
+    task: str = "classification"
 
     @property
     def library(self) -> str:
@@ -131,8 +132,10 @@ _WIDTH_32 = {
 }
 
 
-def _listed(library: str, batch: Batch, *names: str) -> list[Architecture]:
-    return [Architecture(f"{library}:{name}", batch) for name in names]
+def _listed(
+    library: str, batch: Batch, *names: str, task: str = "classification"
+) -> list[Architecture]:
+    return [Architecture(f"{library}:{name}", batch, task) for name in names]
 
 
 def _config(name: str, batch: Batch, **options: Any) -> Architecture:
@@ -220,6 +223,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "vit_b_32:image_size=64",
         "swin_t",
         "swin_v2_t",
+    ),
+    *_listed(
+        "torchvision",
+        images(64),
+        "lraspp_mobilenet_v3_large:weights_backbone=None",
+        task="segmentation",
     ),
     *_listed("torchvision", images(96), "inception_v3"),
     *_listed("torchvision", images(224), "maxvit_t"),
