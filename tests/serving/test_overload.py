@@ -16,7 +16,7 @@ from asking import HEAD, all_from, ask, body_of, connected, infer, reply_from
 from fakes import wait_until
 from impatient.clock import FakeClock
 from impatient.errors import BadRequest
-from impatient.serving.connections import is_whole, listening_socket
+from impatient.serving.connections import UNREAD_LAST, Guard, is_whole, listening_socket
 from impatient.serving.heartbeat import BEAT_S, IN_A_ROW, Heartbeat
 from impatient.serving.json_reader import JsonReader
 from impatient.serving.protocol import INLINE_JSON, binary_request, read_request
@@ -40,6 +40,28 @@ def test_connections_beyond_the_limit_are_refused_until_others_close() -> None:
         wait_until(answered)
         for caller in held:
             caller.close()
+
+
+class PlainTransport:
+    """As uvloop's: with asyncio's methods, but none of its classes."""
+
+    def __init__(self) -> None:
+        self.told = []
+
+    def write(self, data: bytes) -> None:
+        self.told.append(data)
+
+    def close(self) -> None:
+        self.told.append("closed")
+
+
+def test_transports_of_other_loops_are_taken_as_they_are() -> None:
+    transport = PlainTransport()
+    guard = Guard(None, connections=set(), most=0, overloaded=bool, head_s=1.0)
+    guard.connection_made(transport)
+    guard.data_received(HEALTH)
+    guard.connection_lost(None)
+    assert transport.told == [UNREAD_LAST, "closed"]
 
 
 def test_who_sends_no_whole_head_is_not_waited_for() -> None:
