@@ -142,10 +142,19 @@ def visited(ambient: Ambient, visit: Callable[[Tensor], T], features: Tensor) ->
 
     A checkpoint around the cut would count it, and would not find it when it runs the block again.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if not _may_be_saved_otherwise():
         return ambient.call(visit, features)
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         return ambient.call(visit, features)
+
+
+def _may_be_saved_otherwise() -> bool:
+    """Tell whether hooks, such as those of a checkpoint, keep what is saved for gradients."""
+    autograd = torch._C._autograd
+    if hasattr(autograd, "_top_saved_tensors_default_hooks"):
+        return autograd._top_saved_tensors_default_hooks(True) is not None
+    # torch 2.6 does not say whether there are hooks, only whether there may be any.
+    return bool(autograd._saved_tensors_hooks_is_enabled())
 
 
 def _in_reentrant_checkpoint() -> bool:
