@@ -150,7 +150,7 @@ def visited(ambient: Ambient, visit: Callable[[Tensor], T], features: Tensor) ->
 
 def _may_be_saved_otherwise() -> bool:
     """Tell whether hooks, such as those of a checkpoint, keep what is saved for gradients."""
-    autograd = torch._C._autograd
+    autograd: Any = torch._C._autograd
     if hasattr(autograd, "_top_saved_tensors_default_hooks"):
         return autograd._top_saved_tensors_default_hooks(True) is not None
     # torch 2.6 does not say whether there are hooks, only whether there may be any.
