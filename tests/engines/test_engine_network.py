@@ -193,7 +193,12 @@ def test_other_inputs_than_exported_are_refused(network: EngineNetwork) -> None:
 def test_parts_of_another_number_of_exits_are_refused(parts: Parts, facts: NetworkFacts) -> None:
     with pytest.raises(BundleError, match="3 stages, 2 heads and a wiring of 3 exits; expected"):
         Staged(parts.wiring, parts.stages, parts.heads[1:])
-    fewer = replace(facts, exit_names=facts.exit_names[1:])
+    fewer = replace(
+        facts,
+        exit_names=facts.exit_names[1:],
+        layouts=facts.layouts[1:],
+        stages=facts.stages[1:],
+    )
     with pytest.raises(NetworkError, match="3 exits in parts for a network with 2"):
         exported(parts, fewer)
 
