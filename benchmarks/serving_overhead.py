@@ -207,7 +207,8 @@ class Server:
 
     def ask(self, body: bytes) -> Any:
         """Ask once, and read the whole reply."""
-        self._connection.request("POST", "/v2/models/net/infer", body)
+        headers = {"content-type": "application/json"}
+        self._connection.request("POST", "/v2/models/net/infer", body, headers)
         reply = self._connection.getresponse()
         text = reply.read()
         assert reply.status == 200, text
