@@ -20,7 +20,7 @@ import torch
 from impatient.files import write_text
 from papers.anytimenet.recipe import NORMS, SCALES, THIN, Case, Net, Scale, build, jobs, key
 from papers.data import load
-from papers.jobs import run_jobs
+from papers.jobs import finished, run_jobs
 from papers.results import fill, made_by, markdown, spread
 from papers.throughput import chosen_precision
 
@@ -88,12 +88,15 @@ def chosen_scale(options: argparse.Namespace) -> Scale:
 
 
 def page(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write the accuracy of every iteration beside BASELINE's, as markdown with two conclusions."""
+    """Write the accuracy of every iteration as markdown, with what follows from it.
+
+    BASELINE's stands beside it once all its trainings are among the results.
+    """
     (case,) = scale.cases
     names = scale.net.schedule.names
     seeds = range(scale.seeds)
     runs = [results[key(case, "anytime", seed)] for seed in seeds]
-    plain = [100 * results[key(case, "baseline", seed)]["shared"]["accuracy"][-1] for seed in seeds]
+    plain = baseline(scale, results)
     accuracies = {
         norms: [[100 * share for share in run[norms]["accuracy"]] for run in runs]
         for norms in NORMS
@@ -103,22 +106,18 @@ def page(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> str:
             "iteration": name,
             "own statistics, %": spread([run[place] for run in accuracies["own"]]).text(),
             "shared statistics, %": spread([run[place] for run in accuracies["shared"]]).text(),
-            "BASELINE, %": spread(plain).text() if place == len(names) - 1 else "",
+            "BASELINE, %": spread(plain).text() if plain and place == len(names) - 1 else "",
         }
         for place, name in enumerate(names)
     ]
     rises = sum(all(here < deeper for here, deeper in pairwise(run)) for run in accuracies["own"])
-    gain = [run[-1] - other for run, other in zip(accuracies["own"], plain, strict=True)]
     training = scale.training
     seconds = sum(run["seconds"] for run in runs) / scale.seeds
     tested = sum(runs[0]["own"]["counts"])
-    variances = [share * (100 - share) / tested for share in (accuracies["own"][0][-1], plain[0])]
-    half = 1.96 * math.sqrt(sum(variances))
     made = made_by(str(runs[0]["processor"]), "papers.anytimenet.long")
     times = f"{rises} of {scale.seeds}"
     return f"""- Accuracy rises with every iteration, with own statistics: in {times} runs.
-- The last iteration minus BASELINE: {spread(gain).text(sign=True)} points; of one seed, \
-the {tested:,} test images alone leave ±{half:.1f} (95 %, as if they were two samples).
+- {_against([run[-1] for run in accuracies["own"]], plain, tested)}
 
 {markdown(rows)}
 
@@ -128,6 +127,25 @@ one cycle up to a learning rate of {training.lr}, {training.precision}, \
 AnytimeNet trained for {seconds:.0f} s on one thread, while other programs ran. {made}"""
 
 
+def baseline(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    """Return BASELINE's accuracies of all seeds, in per cent; none if a training lacks."""
+    keys = [key(scale.cases[0], "baseline", seed) for seed in range(scale.seeds)]
+    if not all(name in results for name in keys):
+        return []
+    return [100 * results[name]["shared"]["accuracy"][-1] for name in keys]
+
+
+def _against(last: Sequence[float], plain: Sequence[float], tested: int) -> str:
+    """Say how the last iterations stand to BASELINE, both in per cent."""
+    if not plain:
+        return "BASELINE has not been trained at this size yet; nothing is claimed against it."
+    gain = spread([run - other for run, other in zip(last, plain, strict=True)])
+    variances = [share * (100 - share) / tested for share in (last[0], plain[0])]
+    half = 1.96 * math.sqrt(sum(variances))
+    return f"""The last iteration minus BASELINE: {gain.text(sign=True)} points; of one seed, \
+the {tested:,} test images alone leave ±{half:.1f} (95 %, as if they were two samples)."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the table.
 
@@ -135,15 +153,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = options_parser(__doc__)
     parser.add_argument("--out", type=Path, help="folder of the table; by default of the card")
+    parser.add_argument(
+        "--publish", action="store_true", help="run nothing; BASELINE may lack in the table"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     scale = chosen_scale(options)
-    text = page(scale, run_jobs(jobs(scale), options.runs, workers=1, threads=1))
+    if options.publish:
+        results = finished(jobs(scale), options.runs)
+    else:
+        results = run_jobs(jobs(scale), options.runs, workers=1, threads=1)
+    name = "long" if scale.net.width == THIN.width else f"long-{scale.net.width}"
+    text = page(scale, results)
     if options.smoke or options.out:
         write_text((options.out or options.runs) / "long.md", text + "\n")
     else:
-        write_text(HERE / "results" / "long" / "long.md", text + "\n")
-        fill(HERE / "README.md", "long", text)
+        write_text(HERE / "results" / "long" / f"{name}.md", text + "\n")
+        fill(HERE / "README.md", name, text)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,9 @@ def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(
 
     last = f"{100 * again['accuracy'][-1]:.1f}"
     assert re.search(rf"\| 2-2-2 \| {last}[^|]*\|", (tmp_path / "long.md").read_text())
+    assert "not been trained" not in (tmp_path / "long.md").read_text()
+    alone = long.page(scale, {name: results[name] for name in results if "anytime" in name})
+    assert "BASELINE has not been trained at this size yet" in alone
     # into the zoo, in half precision
     monkeypatch.setattr(zoo, "SHIPPED", tmp_path / "zoo")
     shipped = ship.ship(scale, tmp_path, zoo.SHIPPED, repeats=20)
