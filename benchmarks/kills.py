@@ -51,7 +51,9 @@ Command = Sequence[object]
 # Entries that differ between two equal runs: dates, measured times, and what is computed from them.
 MEASURED = {"created", "seconds", "costs", "fingerprint", "weights_file"}
 # Files of measured times, of gates that were fitted with theirs, and pages that show them.
-TIMED = re.compile(r"(profile\S*|evaluation|costs|gates)\.json|report\.html|metrics\.csv")
+TIMED = re.compile(
+    r"(profile\S*|evaluation|costs)\.json|gates\.(json|safetensors)|report\.html|metrics\.csv"
+)
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,15 @@ def count_renames(verb: Verb, folder: Path, said: Path) -> tuple[int, float]:
 def content(directory: Path) -> dict[str, object]:
     """Give what files hold, but for dates and measured times."""
     return {
-        str(file.relative_to(directory)): _held(file)
+        _name(file.relative_to(directory)): _held(file)
         for file in sorted(directory.rglob("*"))
         if file.is_file()
     }
+
+
+def _name(file: Path) -> str:
+    """Name a file, gates without the ending that follows from their measured times."""
+    return str(file.with_suffix("") if file.stem == "gates" else file)
 
 
 def _held(file: Path) -> object:

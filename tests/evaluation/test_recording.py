@@ -211,6 +211,19 @@ def test_a_file_whose_numbers_were_spoilt_is_refused(tmp_path):
         Recording.load(tmp_path / "test.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_tables_that_hold_no_real_numbers_are_refused(tmp_path, dtype):
+    drawn(5, seed=1).save(tmp_path / "test.safetensors")
+    tensors, header = read_tensors(tmp_path / "test.safetensors")
+    tables = [name for name in tensors if name.startswith(("quality", "scores", "outputs"))]
+    assert len(tables) >= 3
+    for name in tables:
+        wrong = {**tensors, name: tensors[name].to(dtype)}
+        write_tensors(tmp_path / "wrong.safetensors", wrong, header)
+        with pytest.raises(StorageError, match=r"expected real numbers|expected Float"):
+            Recording.load(tmp_path / "wrong.safetensors")
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

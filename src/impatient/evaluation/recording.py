@@ -97,6 +97,11 @@ class Recording(Stored, made_by="`impatient record`"):
                     f"{name} of shape {tuple(table.shape)} for {expected[0]} exits and "
                     f"{expected[1]} samples; expected [K, N, ...] with at least one sample."
                 )
+            if table is not None and not table.is_floating_point():
+                raise RecordingError(
+                    f"{name} of {str(table.dtype).removeprefix('torch.')}; expected real numbers "
+                    "in floating point."
+                )
         if not self.scores:
             raise RecordingError("a recording without scores; expected at least one table [K, N].")
         if not 0.0 <= float(self.quality.min()) <= float(self.quality.max()) <= 1.0:
