@@ -217,7 +217,7 @@ def _certified(
         )
     except InfeasibleTarget as error:
         raise InfeasibleTarget(
-            f"{error} These are the half of the {len(recording)} validation samples that is kept "
-            "back to show it, so the validation split must hold twice as many."
+            f"{error} They come from half of the validation split, which so needs twice as many; "
+            f"it has {len(recording)}."
         ) from error
     return controlled.policy, controlled.certificate
