@@ -1008,6 +1008,8 @@ def test_what_the_command_line_cannot_do_it_says(export: Export, tmp_path: Path)
         with pytest.raises(BundleError, match=f"cannot read .*{name}.*numpy.save") as refused:
             _load(str(tmp_path / name))
         assert "pickle" not in str(refused.value)
+    with pytest.raises(BundleError, match=r"cannot read one.txt.* for texts save what"):
+        Bundle(export()).read("one.txt")
     with pytest.raises(SystemExit), contextlib.redirect_stdout(None):
         main(Path(), ["--help"])
 

@@ -165,6 +165,7 @@ def test_two_measured_arrays_are_trained_recorded_and_exported(tmp_path, call) -
     assert torch.equal(recorded.labels, labels)
     code, printed = call("export", run, "--repeats", "1", "--quiet", "--trust", "toys")
     assert code == 0, printed
+    assert "python run.py INPUT.npz --deadline-ms" in printed
     assert call("record", run, "--engine", "onnxruntime", "--quiet", "--trust", "toys")[0] == 0
     made = RunDirectory(run, trust=("toys",)).engine("onnxruntime").recording("test")
     torch.testing.assert_close(made.logits(), recorded.logits(), atol=1e-4, rtol=1e-3)

@@ -126,9 +126,9 @@ class Bundle:
         """
         if self.preparation is None:
             raise BundleError(
-                f"cannot read {path}: what this network was trained on is not in its bundle.json; "
-                "expected a .npy or .npz file of what the network takes. Export it with "
-                "preprocess=."
+                f"cannot read {path}: how to prepare such a file is not in bundle.json; expected a "
+                ".npy or .npz file of what the network takes, a batch dimension included. For "
+                "pictures export it with preprocess=; for texts save what their tokenizer makes."
             )
         return self.preparation(self.preparation.picture(Path(path)))
 

@@ -114,9 +114,11 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     log.info("exported: %s", target)
     if engine != "aoti":
         log.info(
-            "to run it without torch: cd %s && python run.py INPUT.npy --deadline-ms 5 "
+            "to run it without torch: cd %s && python run.py INPUT.%s --deadline-ms 5 "
             "(python run.py --help)",
             target,
+            # several arrays do not go into one .npy file
+            "npz" if spec.example_parts else "npy",
         )
     made = impatient.load_engine(target)
     costs = impatient.profile(made, samples[0], repeats=options.repeats, progress=not options.quiet)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 import impatient
-from impatient.errors import PolicyError
+from impatient.errors import InfeasibleTarget, PolicyError
 from impatient.files import plain_name
 from impatient.verbs.imported import opened
 from impatient.verbs.notes import log, warnings_as_notes
@@ -211,5 +211,13 @@ def _certified(
         # at rising prices of time: from conservative to aggressive
         points = impatient.policies.sweep_gates(part, costs, **gates)
         candidates = [point.policy for point in points]
-    controlled = impatient.policies.control_risk(candidates, calibration, epsilon=loss, delta=delta)
+    try:
+        controlled = impatient.policies.control_risk(
+            candidates, calibration, epsilon=loss, delta=delta
+        )
+    except InfeasibleTarget as error:
+        raise InfeasibleTarget(
+            f"{error} They come from half of the validation split, which so needs twice as many; "
+            f"it has {len(recording)}."
+        ) from error
     return controlled.policy, controlled.certificate
