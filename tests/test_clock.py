@@ -117,6 +117,16 @@ def test_an_instant_that_is_not_a_number_is_refused():
         Deadline(math.nan)
 
 
+def test_of_several_deadlines_the_first_can_be_taken():
+    clock = FakeClock()
+    soon = Deadline.after(1.0, clock)
+    clock.advance(5.0)
+    # when they were made does not count
+    late = Deadline.after(2.0, clock)
+    assert min(late, NEVER, soon) is soon
+    assert soon < late < NEVER
+
+
 def test_a_deadline_on_the_system_clock_lies_ahead():
     assert 0.0 < Deadline.after(1000.0).remaining() <= 1000.0
 

@@ -86,12 +86,12 @@ class FakeClock:
 SYSTEM_CLOCK = SystemClock()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Deadline:
     """An instant on a monotonic clock by which an answer must be ready.
 
     Make one with `Deadline.after(seconds)` where the request comes in, and pass it on. So time
-    spent waiting in a queue counts, too.
+    spent waiting in a queue counts, too. Of several, `min` is the one that comes first.
 
     Attributes:
         instant: the instant, in seconds.

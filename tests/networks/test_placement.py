@@ -783,3 +783,19 @@ def test_a_period_that_leaves_no_early_exit_is_refused(period: int) -> None:
 def test_a_period_of_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ExitNotFound, match=r"Linear has no repeated blocks.*after="):
         every(nn.Linear(8, 3), X, 1)
+
+
+def test_an_interruption_in_every_run_moves_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts = [placement.Cut(name, 0) for name in "abc"]
+    numbers = itertools.count()
+
+    def interrupted(*_: object, **__: object) -> SimpleNamespace:
+        # four stretches of 1 s each, of which one takes 10 s; another one in every run
+        spoiled = next(numbers) % 4
+        ends = list(itertools.accumulate(10.0 if at == spoiled else 1.0 for at in range(4)))
+        ended_s = {(cut.module, cut.call): end for cut, end in zip(cuts, ends, strict=False)}
+        return SimpleNamespace(ended_s=ended_s, total_s=ends[-1])
+
+    monkeypatch.setattr(placement, "trace", interrupted)
+    shares = placement._shares(nn.Identity(), None, cuts, repeats=5)
+    assert shares == pytest.approx([0.25, 0.5, 0.75])

@@ -152,6 +152,19 @@ def test_a_report_says_what_to_change(overrun_s: float, allowed_s: float, said: 
     assert said in runner.report().advice()
 
 
+def test_a_report_does_not_praise_runs_that_all_stopped_early() -> None:
+    clock = FakeClock()
+    network = FakeNetwork(clock, [1.0, 1.0, 1.0])
+    runner = runner_of(network)
+    # the profile said that a stage takes 1 s
+    network.stages_s[0] = 0.1
+    for _ in range(3):
+        runner.run(X, deadline=Deadline.after(1.05, clock))
+    report = runner.report()
+    assert report.exits == {0: 1.0}
+    assert "took 10% of the time they had, all from exit 0" in report.advice()
+
+
 def test_without_deadlines_a_report_asks_for_one() -> None:
     runner = runner_of(FakeNetwork(FakeClock(), [1.0]))
     runner.run(X)

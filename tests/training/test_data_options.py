@@ -338,3 +338,26 @@ def test_new_inputs_get_the_type_that_the_network_was_trained_on(dtype, raw, rig
     checked = preprocess.checked(raw, "new.npy")
     assert str(checked.dtype) == f"torch.{dtype}"
     assert checked.tolist() == raw.tolist()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        Image.new("RGB", (8, 8)),
+        np.zeros((1, 3, 8, 8), np.uint8),
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 8, 8, 3),
+        torch.tensor(1.0),
+    ],
+)
+def test_what_is_no_batch_of_frames_is_refused_with_what_to_do(raw):
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.25,) * 3, size=(8, 8), channels=3)
+    with pytest.raises(DataError, match=r"expected a tensor \[N, C, H, W\]\. A frame"):
+        preprocess(raw)
+    assert preprocess(torch.zeros(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+
+
+def test_vectors_of_another_length_are_refused():
+    preprocess = Preprocess(mean=(0.0,) * 5, std=(1.0,) * 5)
+    with pytest.raises(DataError, match=r"shape \(2, 4\); expected a tensor with 5 channels"):
+        preprocess(torch.zeros(2, 4))

@@ -86,7 +86,9 @@ def test_settings_are_reported_measured_and_judged(call: Call, run_dir: Path) ->
     assert "what this system permits" in text
     assert "gc yes" in text
     assert "nothing (A/A) waking up" in text
-    assert "Worth setting here, by the p99:" in text
+    # 25 runs have no p99, so "nothing" would be a claim that nobody measured
+    assert "25 runs are too few for a p99" in text
+    assert "Worth setting" not in text
     code, text = call("tune", run_dir, "--settings", "speed", "--quiet")
     assert code == 1
     assert "expected one of priority, affinity" in text
@@ -98,6 +100,7 @@ def test_a_tail_is_bounded_or_refused_exit_by_exit(
     code, text = call("tail", run_dir, "--runs", "20", "--deadline-ms", "5", "--quiet")
     assert code == 0
     assert "exit 2: times of shape (20,); expected at least 1000" in text
+    assert "beyond 5.000 ms, counted" in text
     # not what was measured here, which a busy machine may make anything
     drawn = np.random.default_rng(0).exponential(1e-3, (1, 2000))
     monkeypatch.setattr(tail, "times_to_exits", lambda *_, **__: drawn)
@@ -106,6 +109,7 @@ def test_a_tail_is_bounded_or_refused_exit_by_exit(
     assert code == 0
     # e^-9.2 is 1e-4
     assert found["late"]["low"] < 1e-4 < found["late"]["high"]
+    assert found["counted"]["value"] == (drawn > 9.2e-3).mean()
     assert found["bounds_s"]["0.0001"]["low"] < 9.2e-3 < found["bounds_s"]["0.0001"]["high"]
     code, text = call("tail", run_dir, "--deadline-ms", "9.2", "--quiet")
     assert "1 in 10,000 beyond, at most" in text

@@ -409,12 +409,15 @@ def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
 def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list[float]:
     """Measure the share of the total time that has passed at each cut.
 
-    It is the least of several runs, of which the first does not count.
+    Each stretch between cuts takes the least of several runs, of which the first does not count:
+    an interruption then spoils one stretch of one run, not all that follows.
     """
     names = sorted({cut.module for cut in cuts})
     runs = [trace(model, x, names, features=False) for _ in range(repeats + 1)][1:]
-    total = min(run.total_s for run in runs)
-    return [min(run.ended_s[cut.module, cut.call] for run in runs) / total for cut in cuts]
+    ends = [[*(run.ended_s[cut.module, cut.call] for cut in cuts), run.total_s] for run in runs]
+    stretches = [[end - begin for begin, end in itertools.pairwise([0.0, *row])] for row in ends]
+    passed = list(itertools.accumulate(map(min, zip(*stretches, strict=True))))
+    return [each / passed[-1] for each in passed[:-1]]
 
 
 def _prices(model: nn.Module, x: Any, cuts: Sequence[Cut], count: int) -> list[float]:

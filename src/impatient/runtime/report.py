@@ -96,6 +96,12 @@ class RunReport:
                 f"Answers took {self.used:.0%} of the time they had: a higher miss_rate, or more "
                 "exits, would use more of it."
             )
+        if self.used < 0.7:
+            return (
+                f"Answers took {self.used:.0%} of the time they had, all from exit "
+                f"{min(self.exits)}: if that is not the last one, a higher miss_rate, a lower "
+                "statistic or a profile of a quieter machine would use more of it."
+            )
         return "Deadlines are kept and their time is used."
 
 

@@ -62,15 +62,36 @@ class Preprocess:
         """Convert raw inputs, batch first, on the device of `raw`.
 
         A tree of them stays a tree.
+
+        Raises:
+            DataError: if `raw` is no tensor, or has other channels than the mean.
         """
         if not self.mean:
             return map_leaves(_as_floats, raw)
+        self._check_tensor(raw)
         x = raw.float().div_(255.0) if raw.dtype == torch.uint8 else raw.float()
         shape = [1] * raw.dim()
         shape[self.channels_at] = -1
         mean = torch.tensor(self.mean, device=x.device).view(shape)
         std = torch.tensor(self.std, device=x.device).view(shape)
         return (x - mean) / std
+
+    def _check_tensor(self, raw: Any) -> None:
+        given = type(raw).__name__
+        if isinstance(raw, Tensor):
+            given = f"a tensor of shape {tuple(raw.shape)}"
+            at = self.channels_at % max(1, raw.dim())
+            if raw.dim() > at and len(self.mean) in (1, raw.shape[at]):
+                return
+        expected = f"a tensor with {len(self.mean)} channels in dimension {self.channels_at}"
+        advice = "Convert it, such as by torch.as_tensor(numbers)[None] for a single sample."
+        if self.channels:
+            expected = "a tensor [N, C, H, W]"
+            advice = (
+                "A frame [H, W, C] becomes one by torch.as_tensor(frame).permute(2, 0, 1)[None]; "
+                ".image(FILE) reads a picture."
+            )
+        raise DataError(f"inputs to preprocess are {given}; expected {expected}. {advice}")
 
     def __str__(self) -> str:
         """Say what is done to inputs, in one sentence."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from impatient.errors import CostError
-from impatient.table import Table, in_ms
+from impatient.table import Cell, Table, in_ms
 from impatient.verbs.options import (
     Directory,
     Engine,
@@ -65,6 +65,7 @@ class ExitTail:
         shape: shape of the tail; None where the fit was refused.
         bounds_s: by probability, the time that a run exceeds with it (pWCET).
         late: probability of missing the deadline; None without a deadline.
+        counted: share of the measured runs that would have missed it; None without a deadline.
         refused: why no tail was fitted; empty where one was.
     """
 
@@ -75,6 +76,7 @@ class ExitTail:
     shape: float | None = None
     bounds_s: dict[str, Estimate]
     late: Estimate | None = None
+    counted: Estimate | None = None
     refused: str = ""
 
 
@@ -102,14 +104,24 @@ def tail(options: TailOptions) -> list[ExitTail]:
 def _of_exit(exit: int, times_s: np.ndarray, deadline_s: float | None) -> ExitTail:
     import numpy as np
 
+    from impatient.evaluation.metrics import proportion
     from impatient.runtime.tail import FURTHEST, fit_tail
 
+    counted = None
+    if deadline_s is not None:
+        counted = proportion(int((times_s > deadline_s).sum()), len(times_s))
     p50_s, p999_s, max_s = map(float, np.quantile(times_s, [0.5, 0.999, 1.0], method="higher"))
     try:
         found = fit_tail(times_s)
     except CostError as reason:
         return ExitTail(
-            exit=exit, p50_s=p50_s, p999_s=p999_s, max_s=max_s, bounds_s={}, refused=str(reason)
+            exit=exit,
+            p50_s=p50_s,
+            p999_s=p999_s,
+            max_s=max_s,
+            bounds_s={},
+            counted=counted,
+            refused=str(reason),
         )
     seen = [each for each in RARE if each * FURTHEST * len(times_s) >= 1.0]
     return ExitTail(
@@ -120,6 +132,7 @@ def _of_exit(exit: int, times_s: np.ndarray, deadline_s: float | None) -> ExitTa
         shape=found.shape,
         bounds_s={f"{each:g}": found.bound_s(each) for each in seen},
         late=None if deadline_s is None else found.late(deadline_s),
+        counted=counted,
     )
 
 
@@ -136,7 +149,11 @@ def shown(options: TailOptions, found: Sequence[ExitTail]) -> Iterator[Table | s
             "longest",
             "shape",
             *(f"1 in {1 / each:,.0f} beyond, at most" for each in RARE),
-            *([f"beyond {in_ms(options.deadline_s or 0.0)} ms, at most"] if limited else []),
+            *(
+                [f"beyond {in_ms(options.deadline_s or 0.0)} ms, counted", "at most, by the tail"]
+                if limited
+                else []
+            ),
         ),
         rows=[
             (
@@ -149,6 +166,7 @@ def shown(options: TailOptions, found: Sequence[ExitTail]) -> Iterator[Table | s
                     in_ms(row.bounds_s[f"{each:g}"].high) if f"{each:g}" in row.bounds_s else ""
                     for each in RARE
                 ),
+                *([_share(row.counted)] if row.counted else []),
                 *(([f"{row.late.high:.2g}" if row.late else ""]) if limited else []),
             )
             for row in found
@@ -157,3 +175,10 @@ def shown(options: TailOptions, found: Sequence[ExitTail]) -> Iterator[Table | s
     for row in found:
         if row.refused:
             yield f"exit {row.exit}: {row.refused}"
+
+
+def _share(counted: Estimate) -> Cell:
+    return Cell(
+        f"{100 * counted.value:.2f} %",
+        detail=f"{100 * counted.low:.2f} to {100 * counted.high:.2f} %",
+    )

@@ -124,6 +124,12 @@ def _advice(found: Sequence[Tuned]) -> str:
         for name, ratio in ratios.items()
         if ratio.verdict != "cannot tell apart"
     ]
+    measured = any("p99" in ratios for each in control for ratios in each.ratios.values())
+    if not measured:
+        return (
+            f"{control[0].runs if control else 0} runs are too few for a p99, and say nothing of "
+            "what is worth setting: take more --runs, or --seconds if these ended it."
+        )
     worth = [each.setting.name for each in found if each.setting and each.is_worth_setting]
     names = f"[{', '.join(map(repr, worth))}]" if worth else "nothing"
     advice = f"Worth setting here, by the p99: {names}"
