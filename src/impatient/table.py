@@ -61,10 +61,14 @@ class Table:
     kinds: Sequence[str] = ()
 
     def shown_in(self, place: Literal["terminal", "page"]) -> Table:
-        """Leave out the columns that are only for another place."""
+        """Leave out the columns that are only for another place; on a page, empty ones, too."""
         shown = [
-            not isinstance(column, Column) or column.only in (None, place)
-            for column in self.columns
+            not isinstance(column, Column)
+            or (
+                column.only in (None, place)
+                and (place != "page" or any(row[index] != "" for row in self.rows))
+            )
+            for index, column in enumerate(self.columns)
         ]
         return self.keep([index for index, is_shown in enumerate(shown) if is_shown])
 

@@ -93,7 +93,7 @@ def _whether_exits_pay(evaluation: Evaluation) -> Iterator[str]:
     else:
         yield (
             f"Exits pay here: policy {best.name} takes {percent(saved, 0)} less time than the "
-            f"best network without exits, {change}."
+            f"network without exits, {change}."
         )
 
 

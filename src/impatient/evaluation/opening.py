@@ -12,6 +12,7 @@ from impatient.costs import CostProfile
 from impatient.evaluation.evaluate import Evaluation
 from impatient.evaluation.payload import Payload
 from impatient.evaluation.recording import Recording
+from impatient.policies.policy import Policy
 from impatient.portable.timing import RESERVE_S
 from impatient.table import milliseconds, percent
 
@@ -30,6 +31,7 @@ class Opening:
         interval: its 95 % interval, or None.
         time_ms: mean time.
         whole: mean quality if all samples left at the last exit.
+        whole_ms: time until the last exit under this policy; None if it chooses among networks.
         free: mean quality of the best network without exits; None if none was judged.
         free_ms: time of the network without exits.
         needed_ms: for each exit the shortest deadline that it surely meets under this policy.
@@ -44,6 +46,7 @@ class Opening:
     interval: tuple[float, float] | None
     time_ms: float
     whole: float
+    whole_ms: float | None
     free: float | None
     free_ms: float
     needed_ms: tuple[float, ...]
@@ -90,13 +93,16 @@ class Opening:
         """Say what leaving early costs against the last exit."""
         lost = self.whole - self.quality
         exit = len(self.needed_ms) - 1
-        reference = f"(all samples at exit {exit}: {percent(self.whole)})"
+        after = "" if self.whole_ms is None else f" after {milliseconds(self.whole_ms / 1e3)}"
+        reference = f"(all samples at exit {exit}: {percent(self.whole)}{after})"
         if abs(lost) < 0.0005:
             return f"leaving early costs no {self.quality_name} {reference}"
         verb = "costs" if lost > 0 else "gains"
-        return (
-            f"leaving early {verb} {abs(lost) * 100:.1f} points of {self.quality_name} {reference}"
-        )
+        points = f"{abs(lost) * 100:.1f}"
+        # a reader who subtracts the rounded numbers may get another one
+        seen = abs(round(self.whole * 100, 1) - round(self.quality * 100, 1))
+        exactly = "" if f"{seen:.1f}" == points else ", before rounding"
+        return f"leaving early {verb} {points} points of {self.quality_name}{exactly} {reference}"
 
 
 def opening_of(
@@ -119,6 +125,7 @@ def opening_of(
         interval=interval,
         time_ms=time_s * 1e3,
         whole=evaluation.of("exit")[-1].accuracy.value,
+        whole_ms=None if routes else _whole_s(costs, shown) * 1e3,
         free=max((row.accuracy.value for row in free), default=None),
         free_ms=costs.exit_free_s(batch_size=size) * 1e3,
         needed_ms=_needed_ms(costs, all_open if shown is None or routes else shown.open_exits()),
@@ -137,6 +144,15 @@ def _numbers(
     quality = recording.quality.double().numpy()
     reached = quality[outcome.exits.numpy(), np.arange(quality.shape[1])]
     return float(reached.mean()), None, float(outcome.contract_s.mean())
+
+
+def _whole_s(costs: CostProfile, shown: Policy | None) -> float:
+    """Return the mean time until the last exit, with the heads that a policy looks at."""
+    heads = (True,) * costs.num_exits if shown is None else shown.open_exits()
+    until = costs.cumulative(
+        "time", "interruptible", batch_size=min(costs.batches), heads=tuple(map(bool, heads))
+    )
+    return until[-1] + (0.0 if shown is None else shown.added_s()[-1])
 
 
 def _needed_ms(costs: CostProfile, open_exits: Sequence[bool]) -> tuple[float, ...]:

@@ -254,22 +254,24 @@
     put(svg, "line", { class: "until", x1: x(state.deadline), x2: x(state.deadline), y1: 8, y2: bottom });
     const end = x(state.deadline) > width - 70;
     put(svg, "text", { class: "strong", x: x(state.deadline) + (end ? -5 : 5), y: 16, "text-anchor": end ? "end" : "start" }, "deadline");
-    held.forEach(([time, value], exit) => {
-      put(svg, "circle", { class: "exit", cx: x(time), cy: y(value), r: 8 });
-      put(svg, "text", { class: "number", x: x(time), y: y(value) + 3.5 }, String(exit));
-    });
     if (steps.length) {
       const limit = state.guaranteed ? way.family.certified[state.level] ?? steps.length : 0;
       const path = (from, to) => steps.slice(from, to).map((step) => `${x(step.time)} ${y(step.quality)}`).join("L");
       if (limit > 0) put(svg, "path", { class: "policy unsure", d: `M${path(0, limit + 1)}` });
       if (limit < steps.length - 1) put(svg, "path", { class: "policy", d: `M${path(limit)}` });
     }
+    // over the curve, so that the numbers can be read
+    held.forEach(([time, value], exit) => {
+      put(svg, "circle", { class: "exit", cx: x(time), cy: y(value), r: 8 });
+      put(svg, "text", { class: "number", x: x(time), y: y(value) + 3.5 }, String(exit));
+    });
+    // under the marks: where a policy is as fitted, its mark shows in the dot
+    const here = judged(stepOf(way, state.step), cap);
+    put(svg, "circle", { class: "here", cx: x(here.time), cy: y(here.quality), r: 10 });
     beside.forEach((row, index) => {
       const drawn = mark(svg, x(row.contract), y(row.quality), lookOf(row), colourOf(row, index));
       put(drawn, "title", {}, `${row.name}: ${percent(row.quality)} after ${ms(row.contract)}`);
     });
-    const here = judged(stepOf(way, state.step), cap);
-    put(svg, "circle", { class: "here", cx: x(here.time), cy: y(here.quality), r: 7 });
     return here;
   }
 
@@ -348,6 +350,11 @@
       put(svg, "line", { class: "grid", x1: x(tick), x2: x(tick), y1: 4, y2: row * count + 8 });
       put(svg, "text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, plain(tick));
     }
+    if (state.deadline <= longest) {
+      put(svg, "line", { class: "until", x1: x(state.deadline), x2: x(state.deadline), y1: 2, y2: row * count + 12 });
+      const turned = x(state.deadline) > width - 120;
+      put(svg, "text", { class: "strong", x: x(state.deadline) + (turned ? -5 : 5), y: row * count + 20, "text-anchor": turned ? "end" : "start" }, `deadline ${ms(state.deadline)}`);
+    }
     parts.forEach((part, exit) => {
       const top = row * exit + 8;
       const pale = exit > cap ? " pale" : "";
@@ -359,11 +366,6 @@
       put(svg, "rect", { class: `stage${pale}`, x: x(part.start), y: top, width: x(part.start + part.stage) - x(part.start), height: 16 });
       put(svg, "rect", { class: `head${pale}`, x: x(part.start + part.stage), y: top, width: x(part.start + part.stage + part.head) - x(part.start + part.stage), height: 16 });
     });
-    if (state.deadline <= longest) {
-      put(svg, "line", { class: "until", x1: x(state.deadline), x2: x(state.deadline), y1: 2, y2: row * count + 12 });
-      const turned = x(state.deadline) > width - 120;
-      put(svg, "text", { class: "strong", x: x(state.deadline) + (turned ? -5 : 5), y: row * count + 20, "text-anchor": turned ? "end" : "start" }, `deadline ${ms(state.deadline)}`);
-    }
   }
 
   // --- samples ---
@@ -380,7 +382,7 @@
       card.classList.toggle("wrong", !right);
       card.querySelector("small").replaceChildren(`exit ${exit}: `);
       html(card.querySelector("small"), "bdi", {}, example.answers[exit].said);
-      card.querySelector("small").append(right ? " ✓" : " ✗");
+      card.querySelector("small").append(right ? "\u00a0✓" : "\u00a0✗");
     });
     if (state.example !== undefined) drawMind(state.example, way, cap);
   }
@@ -450,9 +452,15 @@
   /** Say what leaving early costs against the deepest exit that fits. */
   function price(found, cap) {
     const lost = found.whole - found.quality;
-    const reference = `(all samples at exit ${cap}: ${percent(found.whole)})`;
+    const way = ways[state.way];
+    const after = way.point && way.point.routes ? "" : ` after ${ms(stepOf(way, state.step).until[cap])}`;
+    const reference = `(all samples at exit ${cap}: ${percent(found.whole)}${after})`;
     if (Math.abs(lost) < 0.0005) return `leaving early costs no ${words.quality} ${reference}`;
-    return `leaving early ${lost > 0 ? "costs" : "gains"} ${(Math.abs(lost) * 100).toFixed(1)} points of ${words.quality} ${reference}`;
+    const points = (Math.abs(lost) * 100).toFixed(1);
+    const rounded = (share) => Number((share * 100).toFixed(1));
+    // a reader who subtracts the rounded numbers may get another one
+    const exactly = Math.abs(rounded(found.whole) - rounded(found.quality)).toFixed(1) === points ? "" : ", before rounding";
+    return `leaving early ${lost > 0 ? "costs" : "gains"} ${points} points of ${words.quality}${exactly} ${reference}`;
   }
   function say(way, cap, here) {
     const found = quoted(way, cap, here);

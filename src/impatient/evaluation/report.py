@@ -60,9 +60,10 @@ _CURVE = (
     "takes the cheapest exit that is right: no policy gets there."
 )
 _BUDGETS = (
-    "Share of right answers when the time allowed is drawn from a distribution; no answer in time "
-    "counts as wrong. Below each, its 95 % interval. Bold: the best of a column, but for the "
-    "static oracle, which knows each budget and the accuracy of every exit."
+    "The time allowed, the budget, is drawn from the distribution above each column. "
+    "Interruptible runs until it is over; contract knows it before. Below each, its 95 % interval. "
+    "Bold: the best of a column, but for the static oracle, which knows each budget and the "
+    "accuracy of every exit."
 )
 _RULES = (
     "A number is a threshold: an exit answers if its score is at least this. A gate decides by "
@@ -240,6 +241,7 @@ def report_html(report: Report) -> str:
         machine=_machine(costs),
         opening=opening,
         by_when=by_when(evaluation, opening),
+        reserve=f"{RESERVE_S * 1e3:g}\N{NO-BREAK SPACE}ms",
         words=content["words"],
         advice=_advice(report, payload),
         figure=figure_svg(accuracy_time(evaluation, budget)),
@@ -411,6 +413,7 @@ def _card(report: Report, payload: Payload, example: Example) -> dict[str, Any]:
         "label": example.label,
         "exit": exit,
         "answer": example.exits[exit].answer,
+        "probable": any(said.top for said in example.exits),
         "right": bool(report.recording.quality[exit, example.sample] > 0.5),
     }
 
@@ -472,7 +475,7 @@ def _target(policy: Policy) -> tuple[str, str, str]:
         return policy.split or "set by hand", "", ""
     cost = amount(target.pop("mean_cost"), policy.cost)
     reached = f"{percent(target.pop('accuracy'))} in {cost}"
-    fitted = f"{policy.split}, n = {target.pop('samples'):.0f}"
+    fitted = f"{policy.split}, n = {grouped(round(target.pop('samples')))}"
     return fitted, next(itertools.starmap(_asked, target.items()), ""), reached
 
 
@@ -490,7 +493,7 @@ def _origins(
 ) -> list[tuple[str, list[tuple[str, object]]]]:
     judged = {
         "split": evaluation.split,
-        "samples": evaluation.samples,
+        "samples": grouped(evaluation.samples),
         **_origin(evaluation.provenance, "network", "weights", "data", "seed"),
     }
     machine = ("network", "device", "processor", "threads", "dtype", "engine")

@@ -13,7 +13,16 @@ from impatient.costs import Cost, CostProfile, Noise, Quantiles
 from impatient.evaluation.evaluate import Evaluation
 from impatient.evaluation.metrics import Estimate
 from impatient.evaluation.paired import PairedComparison
-from impatient.table import Cell, Column, Row, Table, milliseconds, percent, three_digits
+from impatient.table import (
+    Cell,
+    Column,
+    Row,
+    Table,
+    grouped,
+    milliseconds,
+    percent,
+    three_digits,
+)
 
 
 def interval(estimate: Estimate, digits: int = 1) -> str:
@@ -66,9 +75,9 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
     counted = any(row.macs for row in evaluation.rows)
     names[: len(exits)] = [Cell(f"exit {k}", exit) for k, exit in enumerate(exits)]
     return Table(
-        title=f"Every way to answer, judged on {evaluation.samples} samples of split "
-        f"{evaluation.split!r}. Contract: only heads that are looked at run; “against no exits” "
-        "compares this time with the untouched backbone's.",
+        title=f"Every way to answer, judged on {grouped(evaluation.samples)} samples of the "
+        f"{evaluation.split} split. Contract: only heads that are looked at run; “against no "
+        "exits” compares this time with that of the network without exits.",
         columns=(
             "",
             evaluation.quality_name,
@@ -219,7 +228,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
     rows: list[Row] = []
 
     def counts(macs: float, parameters: int) -> tuple[str, ...]:
-        return () if costs.is_given else (count(macs), f"{parameters:,}")
+        return () if costs.is_given else (count(macs), grouped(parameters))
 
     for exit, name in enumerate(costs.exits):
         so_far = (three_digits(contract[exit]), three_digits(interruptible[exit]))
