@@ -1,4 +1,4 @@
-"""A million calls with a deadline: neither memory nor threads nor open files may grow.
+"""A million calls with a deadline, interrupts and errors: nothing may grow.
 
     # about 6 minutes; a run that was stopped goes on where it was
     python benchmarks/soak.py
@@ -7,9 +7,11 @@
 
 A tiny network with three exits. Contract calls with deadlines from too short for the first exit to
 long enough for the last, and every tenth call an interruptible one, abandoned at its deadline or
-interrupted. Resident memory, threads and open files are read every 1 % of the calls. The verdict is
-on the slope of the last 90 % (Theil and Sen, with its 95 % interval: memory moves in steps, and one
-step must not decide), as growth over a million calls; growth of at most 1 MiB passes.
+interrupted. Another tenth fails: inputs of a wrong width and, in eager, a network that raises in
+its second stage, in contract and interruptible calls. Resident memory, threads and open files are
+read every 1 % of the calls. The verdict is on the slope of the last 90 % (Theil and Sen, with its
+95 % interval: memory moves in steps, and one step must not decide), as growth over a million calls;
+growth of at most 1 MiB passes.
 """
 
 from __future__ import annotations
@@ -35,22 +37,38 @@ CASES = {
 }
 
 
+class Refusing(nn.Module):
+    """Raise where a number is large."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if float(x.detach().max()) > 1e6:
+            raise ValueError("too large")
+        return x
+
+
 def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     calls = 2000 if smoke else calls
     example = torch.randn(2, 8)
+    # what asks for a number cannot be exported
+    middle = Refusing() if engine == "eager" else nn.Identity()
     backbone = nn.Sequential(
-        nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Sequential(middle, nn.Linear(8, 8)),
+        nn.ReLU(),
+        nn.Linear(8, 3),
     )
     network = attach_exits(backbone, example=example, after=["1", "3"]).eval()
     made = in_engine(network, engine, example=example, threads=1, key="soak")
     x = example[:1]
+    wrong = [torch.randn(1, 9), *([x * 1e12] if engine == "eager" else [])]
     costs = profile(made, x, repeats=200)
     budgets = [1e-6, *(3 * reached for reached in costs.contract_s()), 1.0]
     with Runner(made, costs) as runner:
         runner.warm_up(x)
-        samples, exits = run_calls(runner, x, calls, budgets)
+        samples, exits, failed = run_calls(runner, x, wrong, calls, budgets)
     done, memory, threads, files = samples.T
     low, middle, high = (value / 2**20 for value in growth(done, memory))
     grows = high > 1.0 or growth(done, threads)[0] > 0 or growth(done, files)[0] > 0
@@ -59,6 +77,7 @@ def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
             "engine": engine,
             "calls": calls,
             "answers by exit": " ".join(str(count) for count in exits),
+            "failed as they should": failed,
             "MiB at 10 %": f"{memory[len(memory) // 10] / 2**20:.1f}",
             "MiB at the end": f"{memory[-1] / 2**20:.1f}",
             "MiB per million calls": f"{middle:.2f} ({low:.2f} to {high:.2f})",
@@ -70,26 +89,52 @@ def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
 
 
 def run_calls(
-    runner: Runner, x: torch.Tensor, calls: int, budgets_s: Sequence[float]
-) -> tuple[np.ndarray, list[int]]:
-    """Sample calls done, bytes, threads and open files, and count answers per exit."""
+    runner: Runner,
+    x: torch.Tensor,
+    wrong: Sequence[torch.Tensor],
+    calls: int,
+    budgets_s: Sequence[float],
+) -> tuple[np.ndarray, list[int], int]:
+    """Sample calls done, bytes, threads and open files.
+
+    Also count the answers per exit and the calls that failed. Calls whose input is wrong must fail.
+    """
     samples = []
     exits = [0] * runner.network.num_exits
+    failed = 0
     gc.collect()
     # what is there now need not be looked through again at every sample
     gc.freeze()
     budgets = itertools.cycle(budgets_s)
+    inputs = itertools.cycle(wrong)
     for number in range(calls):
         if number % max(200, calls // 100) == 0:
             samples.append((number, *held()))
         budget = next(budgets)
+        if number % 10 == 5:
+            fail(runner, next(inputs), interruptible=number // 20 % 2 == 1)
+            failed += 1
+            continue
         if number % 10:
             answer = runner.run(x, deadline=Deadline.after(budget))
         else:
             with runner.start(x, deadline=Deadline.after(min(budget, 1e-3))) as run:
                 answer = run.interrupt() if number % 20 else run.result()
         exits[answer.exit] += 1
-    return np.array([*samples, (calls, *held())], dtype=float), exits
+    return np.array([*samples, (calls, *held())], dtype=float), exits, failed
+
+
+def fail(runner: Runner, wrong: torch.Tensor, *, interruptible: bool) -> None:
+    """Give a wrong input with time enough for the last exit."""
+    try:
+        if interruptible:
+            with runner.start(wrong, deadline=Deadline.after(1.0)) as run:
+                run.result()
+        else:
+            runner.run(wrong, deadline=Deadline.after(1.0))
+    except (RuntimeError, ValueError):
+        return
+    raise AssertionError("a wrong input was answered")
 
 
 def held() -> tuple[int, int, int]:
