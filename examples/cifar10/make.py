@@ -107,7 +107,7 @@ def with_caption(readme: str, evaluation: Evaluation) -> str:
         "*CIFAR-10, the [AnytimeNet](docs/how-to/models.md#trained-networks-that-come-along) that "
         f"comes along, {exits} exits, one CPU thread, one image at a time. Grey: the answer at "
         f"hand at each moment, {_plainly(first)} at first and {_plainly(last)} at last. Blue: "
-        "stop when an answer is sure, from bold to careful, at its mean time. Red: the same "
+        "stop when an answer is sure, at its mean time. Red: the same "
         f"weights without exits, {_plainly(free)}. "
         "Its [page and commands](examples/cifar10/README.md).*"
     )
