@@ -654,7 +654,7 @@ def test_pictures_are_read_without_torch_as_with_it(
     (tmp_path / "letter.png").write_text("no picture")
     with pytest.raises(BundleError, match="cannot be read as a picture"):
         bundle.read(tmp_path / "letter.png")
-    with pytest.raises(BundleError, match="what this network was trained on is not in"):
+    with pytest.raises(BundleError, match="how to prepare such a file is not in"):
         Bundle(directory).read(tmp_path / "cat.png")
 
 

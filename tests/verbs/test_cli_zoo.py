@@ -84,7 +84,7 @@ def test_a_damaged_network_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(zoo, "SHIPPED", tmp_path)
     file = tmp_path / "anytimenet-cifar10" / "network.json"
     facts = json.loads(file.read_text())
-    facts["model"] = facts["model"].replace("width=8", "width=4")
+    facts["model"] = facts["model"].replace("width=16", "width=4")
     file.write_text(json.dumps(facts))
     with pytest.raises(StorageError, match="install the library again"):
         impatient.load_zoo("anytimenet-cifar10")
