@@ -86,5 +86,9 @@ def test_a_damaged_network_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     facts = json.loads(file.read_text())
     facts["model"] = facts["model"].replace("width=16", "width=4")
     file.write_text(json.dumps(facts))
+    with pytest.raises(StorageError, match="does not fit its checksum"):
+        impatient.load_zoo("anytimenet-cifar10")
+    del facts["checksum"]
+    file.write_text(json.dumps(facts))
     with pytest.raises(StorageError, match="install the library again"):
         impatient.load_zoo("anytimenet-cifar10")
