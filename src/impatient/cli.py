@@ -162,12 +162,15 @@ def main() -> None:
         if sys.argv[1:] == ["--version"]:
             print_text(out, f"impatient {own_version()}")
             return
-        options = parse(sys.argv[1:] or ["--help"])
-        verb = next(verb for verb in VERBS.values() if type(options) is verb.options)
         # other processes of the same training stay silent
         first = is_first()
         log.setLevel(logging.INFO)
-        log.handlers = [Notes(err if options.json else out) if first else logging.NullHandler()]
+        # of what is done while options are read, such as unpacking a network of the zoo
+        log.handlers = [Notes(err) if first else logging.NullHandler()]
+        options = parse(sys.argv[1:] or ["--help"])
+        verb = next(verb for verb in VERBS.values() if type(options) is verb.options)
+        if first and not options.json:
+            log.handlers = [Notes(out)]
         if verb.spares_a_core:
             spare_a_core()
         result = verb.work(options)

@@ -1,6 +1,7 @@
 """Networks of the zoo: what is shipped, by which names it is reached, and what is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def test_the_command_line_takes_a_network_of_the_zoo_for_a_run_directory(
     arguments = ("run", "zoo:anytimenet-cifar10", tmp_path / "sky.png", "--deadline-ms", "1000")
     code, text = call(*arguments, "--json")
     assert code == 0, text
-    (answer,) = json.loads(text[text.index("[") :])
+    # what was said of the unpacking, on the error stream, comes behind it
+    (answer,), _ = json.JSONDecoder().raw_decode(text[text.index("[") :])
     network = impatient.load_zoo("anytimenet-cifar10")
     assert (answer["exit"], answer["deadline_met"]) == (network.num_exits - 1, True)
     (place,) = (tmp_path / "impatient" / "zoo").iterdir()
@@ -77,6 +79,24 @@ def test_a_spec_of_the_zoo_is_that_network_and_no_other() -> None:
         impatient.load_model("zoo:anytimenet-cifar10:width=4")
     with pytest.raises(ModelSpecError, match="no network 'cat' in the zoo; expected one of any"):
         impatient.load_zoo("cat")
+
+
+def test_a_network_of_the_zoo_is_measured_with_the_threads_that_verbs_use(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # as a new user has it: torch takes all cores, and the command line leaves one
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    cores = max(2, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores)
+    try:
+        code, text = call("fit", "zoo:anytimenet-cifar10", "--max-loss", "1")
+        assert torch.get_num_threads() < cores
+    finally:
+        torch.set_num_threads(before)
+    assert code == 0, text
+    assert "measuring it on this machine" in text
 
 
 def test_a_damaged_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from impatient.files import file_errors, is_file
 from impatient.networks.zoo import PREFIX, load_zoo, zoo_folder
 from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
+from impatient.verbs.options import spare_a_core
 
 # of the first profile: one or two seconds; `impatient profile` measures more
 REPEATS = 100
@@ -56,6 +57,8 @@ def unpacked(name: str) -> Path:
                 shutil.copytree(source, place, dirs_exist_ok=True)
             save_weights(network, place / "weights.safetensors")
             log.info("zoo: %s unpacked into %s, measuring it on this machine", name, place)
+            # This happens while options are read: the verbs will have as many threads as this.
+            spare_a_core()
             costs = impatient.profile(network, spec.example(), repeats=REPEATS, progress=False)
             costs.save(place / "profile.json")
     return place
