@@ -61,7 +61,8 @@ class Drawn(Network):
     def num_exits(self) -> int:
         return self._count
 
-    def exits(self, x: Tensor, *, keep: bool = False) -> Run:  # noqa: ARG002  nothing is kept
+    # nothing is kept
+    def exits(self, x: Tensor, *, keep: bool = False) -> Run:  # noqa: ARG002
         return Run(self._exits(x))
 
     def _exits(self, x: Tensor) -> Iterator[Exit]:
@@ -77,7 +78,8 @@ class Samples(LabelledData):
     classes: int
     fingerprint: str = "drawn"
 
-    def size(self, split: Any) -> int:  # noqa: ARG002  all are alike
+    # all splits are alike
+    def size(self, split: Any) -> int:  # noqa: ARG002
         return self.count
 
     def batches(self, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,7 +112,8 @@ def _status_bytes(name: str) -> int:
     return 1024 * int(status.partition(f"{name}:")[2].split(maxsplit=1)[0])
 
 
-def measure(samples: int, exits: int, classes: int, *, smoke: bool) -> list[Row]:  # noqa: ARG001  small cases are fast enough
+# small cases are fast enough
+def measure(samples: int, exits: int, classes: int, *, smoke: bool) -> list[Row]:  # noqa: ARG001
     torch.set_num_threads(1)
     network = Drawn(exits, classes)
     costs = CostProfile.of(cumulative_s=[0.001 * (exit + 1) for exit in range(exits)])

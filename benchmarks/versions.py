@@ -95,7 +95,8 @@ class Digits:
         self.images = torch.randn(count, 1, 8, 8)
         self.classes = torch.randint(10, (count,))
 
-    def size(self, split: str) -> int:  # noqa: ARG002  all splits are alike
+    # all splits are alike
+    def size(self, split: str) -> int:  # noqa: ARG002
         return len(self.classes)
 
     def batches(self, split: str, batch_size: int) -> Iterator[tuple[Any, Any]]:  # noqa: ARG002
