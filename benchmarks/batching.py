@@ -14,23 +14,27 @@ takes longer than "never" ("auto / never", of the same round). Ideal is the time
 without exits times the mean depth: the mean over the samples of the share of the stages' time up to
 the exit each left at. Heads, scores and copying are no part of the ideal; they are in what is
 measured. With one thread, "processor" is the same share by the thread's processor time, which other
-work on the machine disturbs least. Random
-weights; thresholds let given shares of a pool of inputs leave at each of four exits, so a single
-batch has more or less of them, and each run is held against the exits its own samples left at. A
-ratio and its ideal are of the same round; "whole / whole" is the network without exits twice in
-every round (A/A).
+work on the machine disturbs least. Random weights; thresholds let given shares of a pool of inputs
+leave at each of four exits, so a single batch has more or less of them, and each run is held
+against the exits its own samples left at. A ratio and its ideal are of the same round; "whole /
+whole" is the network without exits twice in every round (A/A).
 """
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from common import Row, in_engine, median_interval, run_cases, with_interval
+from common import (
+    Row,
+    in_engine,
+    in_turn_by_both_clocks,
+    median_interval,
+    run_cases,
+    with_interval,
+)
 from torch import Tensor
 
 from impatient import Runner, attach_exits, load_model, profile
@@ -106,8 +110,12 @@ def measure(name: str, engine: str, threads: int, *, smoke: bool) -> list[Row]:
         whole = ExitFreeNetwork(made.backbone, batches)
         calls = {"whole": whole, "whole again": ExitFreeNetwork(made.backbone, batches), **ran}
         with torch.inference_mode():
-            times = timed(calls, rounds=3 if smoke else 500, most_s=SECONDS / len(SHARES))
-        rows += [row(times, when, np.array(ran[when].depths), engine, threads) for when in whens]
+            times, processor = in_turn_by_both_clocks(
+                calls, rounds=3 if smoke else 500, most_s=SECONDS / len(SHARES)
+            )
+        # the thread's time is all of the work only where there is one
+        spent = processor if threads == 1 else None
+        rows += [row(times, spent, when, np.array(ran[when].depths), engine) for when in whens]
         for found in rows[-len(whens) :]:
             found |= {
                 "network": name,
@@ -146,37 +154,22 @@ class Batches:
         self.depths.append(float(self._depth_k[list(answer.exits)].mean()))
 
 
-def timed(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, most_s: float, warm_up: int = 3
-) -> dict[str, np.ndarray]:
-    """Measure seconds by the clock and of the thread of several calls, in random order."""
-    order = np.random.default_rng(0)
-    names = list(calls)
-    times: dict[str, list[float]] = defaultdict(list)
-    begin = time.perf_counter()
-    for number in range(-warm_up, rounds):
-        begin = time.perf_counter() if number == 0 else begin
-        if number >= 5 and time.perf_counter() - begin > most_s:
-            break
-        for name in order.permutation(names):
-            before, processor = time.perf_counter(), time.thread_time()
-            calls[name]()
-            taken = time.perf_counter() - before
-            if number >= 0:
-                times[name].append(taken)
-                times[f"{name}, processor"].append(time.thread_time() - processor)
-    return {name: np.array(values) for name, values in times.items()}
-
-
 def row(
-    times: dict[str, np.ndarray], when: str, depths: np.ndarray, engine: str, threads: int
+    times: Mapping[str, np.ndarray],
+    processor: Mapping[str, np.ndarray] | None,
+    when: str,
+    depths: np.ndarray,
+    engine: str,
 ) -> Row:
     # without the warm-up
     base = times["whole"]
     depths = depths[-len(times["whole"]) :]
     ratios = times[when] / base
     reached = (1 - ratios) / (1 - depths)
-    spent = times[f"{when}, processor"] / times["whole, processor"]
+    saved = ""
+    if processor is not None:
+        spent = processor[when] / processor["whole"]
+        saved = with_interval((1 - spent) / (1 - depths), 3)
     wanted = 0.95 if engine == "eager" else 0.90
     _, low, high = median_interval(reached)
     met = "yes" if low >= wanted else "no" if high < wanted else "cannot tell"
@@ -194,7 +187,7 @@ def row(
         "time / whole": with_interval(ratios, 3),
         "whole / whole": with_interval(times["whole again"] / base, 3),
         "share of the ideal saving": with_interval(reached, 3),
-        "processor": with_interval((1 - spent) / (1 - depths), 3) if threads == 1 else "",
+        "processor": saved,
         "asked for": wanted,
         "met": met if when != "never" else "",
         "auto / never": with_interval(times["auto"] / times["never"], 3) if when == "auto" else "",
