@@ -21,18 +21,20 @@ from pathlib import Path
 
 import matplotlib as mpl
 
+# the papers' tables
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from impatient import CostProfile, Evaluation
 from impatient.evaluation.evaluate import Row
 from impatient.files import write_text
 from impatient.provenance import own_version
-from impatient.table import Table, milliseconds, percent
+from impatient.table import milliseconds, percent
+from papers.results import fill, markdown
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 README = HERE / "README.md"
 KEPT = ("report.html", "evaluation.json", "profile.json")
-BEGIN = "<!-- made by make.py -->\n"
-END = "<!-- end -->\n"
 
 
 def commands(readme: str, repeats: str | None) -> list[list[str]]:
@@ -60,29 +62,22 @@ def run_all(steps: Sequence[Sequence[str]], data: Path, folder: Path) -> Path:
     return run
 
 
-def table(evaluation: Evaluation) -> Table:
-    """List every exit, policy and network without exits."""
-    rows = [
-        (
-            f"policy {row.name}" if row.kind == "policy" else row.name,
-            f"{percent(row.accuracy.value)} "
-            f"({row.accuracy.low * 100:.1f} to {row.accuracy.high * 100:.1f})",
-            milliseconds(row.contract_s),
-            milliseconds(row.interruptible_s),
-            f"{row.macs / 1e6:.2f}",
-        )
-        for row in evaluation.rows
-    ]
+def table(evaluation: Evaluation) -> str:
+    """List every exit, policy and network without exits, as Markdown."""
     accuracy = f"accuracy on {evaluation.samples:,} test images"
-    columns = ("", accuracy, "contract", "interruptible", "million MACs")
-    return Table(title="", columns=columns, rows=rows)
-
-
-def as_markdown(shown: Table) -> str:
-    """Write a table of plain texts as Markdown."""
-    lines = [list(map(str, line)) for line in (shown.columns, *shown.rows)]
-    lines.insert(1, ["---"] * len(shown.columns))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(
+        [
+            {
+                "": f"policy {row.name}" if row.kind == "policy" else row.name,
+                accuracy: f"{percent(row.accuracy.value)} "
+                f"({row.accuracy.low * 100:.1f} to {row.accuracy.high * 100:.1f})",
+                "contract": milliseconds(row.contract_s),
+                "interruptible": milliseconds(row.interruptible_s),
+                "million MACs": f"{row.macs / 1e6:.2f}",
+            }
+            for row in evaluation.rows
+        ]
+    )
 
 
 def machine(costs: CostProfile) -> str:
@@ -93,7 +88,7 @@ def machine(costs: CostProfile) -> str:
     return (
         f"Times: {made.processor}, {made.threads} torch thread, torch {made.versions['torch']}, "
         f"impatient {own_version()}, one image at a time, means of n = {one.stages[0].n:,}, "
-        f"{made.created[:10]}{'. The machine was not idle: do not quote them' if noisy else ''}.\n"
+        f"{made.created[:10]}{'. The machine was not idle: do not quote them' if noisy else ''}."
     )
 
 
@@ -132,9 +127,8 @@ def main() -> None:
         for name in KEPT:
             shutil.copyfile(run / name, HERE / name)
     evaluation = Evaluation.load(HERE / "evaluation.json")
-    made = as_markdown(table(evaluation)) + "\n" + machine(CostProfile.load(HERE / "profile.json"))
-    before, rest = readme.split(BEGIN)
-    write_text(README, before + BEGIN + made + END + rest.split(END, 1)[1])
+    costs = CostProfile.load(HERE / "profile.json")
+    fill(README, "table", f"{table(evaluation)}\n\n{machine(costs)}")
     page = ROOT / "README.md"
     write_text(page, with_caption(page.read_text("utf-8"), evaluation))
     subprocess.run([sys.executable, ROOT / "docs" / "draw_readme_figure.py"], check=True)
