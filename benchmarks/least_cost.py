@@ -58,7 +58,7 @@ class Tilted:
         return float((self.others @ weights).min() / (self.shares @ weights))
 
     def tilt(self, epsilon: float) -> float | None:
-        """Find weights under which none of them loses less than epsilon; None if there are none."""
+        """Find weights under which none of them loses less than epsilon, if there are any."""
         if self.least_mean(MOST_TILT) < epsilon:
             return None
         low, high = -MOST_TILT, MOST_TILT

@@ -96,7 +96,7 @@ def bytes_of(recording: Recording) -> int:
 
 
 def peak_bytes(step: Callable[[], Any]) -> tuple[Any, int, float]:
-    """Run a step; return its result, how far memory rose, and its processor seconds."""
+    """Run a step, and return its result, how far memory rose, and its processor seconds."""
     gc.collect()
     # Begin a new high-water mark.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -128,7 +128,7 @@ AnytimeNet trained for {seconds:.0f} s on one thread, while other programs ran. 
 
 
 def baseline(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> list[float]:
-    """Return BASELINE's accuracies of all seeds, in per cent; none if a training lacks."""
+    """Return BASELINE's accuracies of all seeds, in per cent, or none if a training lacks."""
     keys = [key(scale.cases[0], "baseline", seed) for seed in range(scale.seeds)]
     if not all(name in results for name in keys):
         return []
