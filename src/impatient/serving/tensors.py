@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from impatient import checks
 from impatient.errors import ServingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Names of the protocol, and how numbers lie in binary tensors: little-endian, row by row.
 DATATYPES: dict[str, np.dtype[Any]] = {
@@ -57,18 +60,16 @@ class TensorSpec:
         """Whether lengths differ."""
         return self.shape[:1] == (ANY,)
 
-    def joined(self, arrays: Sequence[np.ndarray], side: Literal["left", "right"]) -> np.ndarray:
+    def joined(self, arrays: Sequence[np.ndarray], side: Literal["left", "right"]) -> Tensor:
         """Join the samples of several requests, filled up to the longest."""
-        if self.differs:
-            longest = max(array.shape[1] for array in arrays)
-            arrays = [self._filled(array, longest, side) for array in arrays]
-        return np.concatenate(arrays)
+        # Those who only read requests need no torch.
+        import torch
 
-    def _filled(self, array: np.ndarray, longest: int, side: str) -> np.ndarray:
-        missing = longest - array.shape[1]
-        ends = (missing, 0) if side == "left" else (0, missing)
-        others = [(0, 0)] * (array.ndim - 2)
-        return np.pad(array, [(0, 0), ends, *others], constant_values=self.filler)
+        from impatient.training.examples import padded
+
+        if not self.differs:
+            return torch.from_numpy(np.concatenate(arrays))
+        return padded([torch.tensor(row) for array in arrays for row in array], self.filler, side)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +126,8 @@ class InputSpec:
         Returns:
             A tensor, or a dict of them by name.
         """
-        # Those who only read requests need no torch.
-        import torch
-
         batch = {
-            one.name: torch.from_numpy(
-                one.joined([request[one.name] for request in requests], self.side)
-            )
+            one.name: one.joined([request[one.name] for request in requests], self.side)
             for one in self.tensors
         }
         return batch if self.named else batch[self.tensors[0].name]

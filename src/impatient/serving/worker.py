@@ -16,7 +16,7 @@ from impatient.anytime import Network, Run
 from impatient.errors import ServingError
 from impatient.serving.scheduler import Work
 from impatient.serving.tensors import Inputs
-from impatient.trees import map_leaves
+from impatient.trees import take
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +92,7 @@ class _Batch:
         """Begin each request anew, alone."""
         return _Apart(
             {
-                request: _Batch(
-                    self.network,
-                    map_leaves(lambda leaf: leaf[places], self.x),  # noqa: B023  called at once
-                    {request: len(places)},
-                )
+                request: _Batch(self.network, take(self.x, places), {request: len(places)})
                 for request, places in _places(self.rows).items()
             }
         )
@@ -252,7 +248,7 @@ class InferenceThread:
         )
 
     def _outputs(self, work: Work) -> dict[int, torch.Tensor]:
-        """Run a batch; one that fails is run request by request, since one of them may be why."""
+        """Run a batch, or one that fails request by request, since one of them may be why."""
         batch = self._batches[work.group]
         try:
             return batch.to(work.last, work.requests)
