@@ -23,6 +23,7 @@ from impatient.errors import ServingError
 from impatient.serving.tensors import DATATYPES, Inputs
 
 Arrivals = Literal["poisson", "gamma", "mmpp", "ramp"]
+NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 # Nobody waits longer than this for a reply that is late.
 GRACE_S = 5.0
 
@@ -219,7 +220,6 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _body(sample: Inputs, budget_s: float) -> tuple[bytes, bytes]:
-    names = {dtype: name for name, dtype in DATATYPES.items()}
     tensors = []
     tail = b""
     for name, array in sample.items():
@@ -227,7 +227,7 @@ def _body(sample: Inputs, budget_s: float) -> tuple[bytes, bytes]:
         tensors.append(
             {
                 "name": name,
-                "datatype": names[array.dtype],
+                "datatype": NAMES[array.dtype],
                 "shape": [1, *array.shape],
                 "parameters": {"binary_data_size": len(part)},
             }

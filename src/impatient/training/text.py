@@ -341,15 +341,19 @@ def tokens_of(spec: str, text: str) -> dict[str, Tensor]:
     """
     options = _options_of(spec)
     tokenizer = load_tokenizer(options, f"the data spec {spec!r}")
-    most = options.length or min(tokenizer.model_max_length, USUAL_LENGTH)
+    most = _most_tokens(options, tokenizer)
     encoded = tokenizer([text], truncation=True, max_length=most, return_attention_mask=True)
     return {name: torch.tensor(ids) for name, ids in encoded.items()}
+
+
+def _most_tokens(options: DataOptions, tokenizer: Any) -> int:
+    return options.length or min(tokenizer.model_max_length, USUAL_LENGTH)
 
 
 def _tokenized(
     tokenizer: Any, table: Table, labels: np.ndarray, options: DataOptions, where: str
 ) -> TextExamples:
-    most = options.length or min(tokenizer.model_max_length, USUAL_LENGTH)
+    most = _most_tokens(options, tokenizer)
     # Only the cut off texts are as long as this.
     encoded = tokenizer(
         *(list(texts) for texts in table.texts),
@@ -399,7 +403,7 @@ def check_vocabulary(model: nn.Module, parts: Iterable[Examples], name: str) -> 
     if hub is None or not texts or not isinstance(model, hub.PreTrainedModel):
         return
     largest = max(int(ids.max()) for part in texts for ids in part.tokens["input_ids"])
-    known = model.get_input_embeddings().num_embeddings
+    known, most = _known_by(model)
     if largest >= known:
         raise DataError(
             f"{name} has tokens up to number {largest}, but {type(model).__name__} knows {known}; "
@@ -407,12 +411,17 @@ def check_vocabulary(model: nn.Module, parts: Iterable[Examples], name: str) -> 
             f"{largest + 1} if the model is new."
         )
     longest = max(int(part.lengths.max()) for part in texts)
-    most = model.config.to_dict().get("max_position_embeddings") or longest
-    if longest > most:
+    if most and longest > most:
         raise DataError(
             f"{name} has texts of {longest} tokens, but {type(model).__name__} takes {most}; "
             f"expected no longer ones. Say length={most} in the data spec."
         )
+
+
+def _known_by(model: Any) -> tuple[int, int | None]:
+    """Return how many tokens a model of transformers knows, and how many a text may have."""
+    tokens: int = model.get_input_embeddings().num_embeddings
+    return tokens, model.config.to_dict().get("max_position_embeddings")
 
 
 def tokenizer_of(spec: str) -> Any | None:
@@ -463,13 +472,13 @@ def form_of(spec: str, names: Iterable[str], network: nn.Module) -> TextForm | N
     if not options.tokenizer:
         return None
     tokenizer = load_tokenizer(options, spec)
-    longest = options.length or min(tokenizer.model_max_length, USUAL_LENGTH)
+    longest = _most_tokens(options, tokenizer)
     vocabulary = None
     hub = sys.modules["transformers"]
     for model in network.modules():
         if isinstance(model, hub.PreTrainedModel):
-            vocabulary = model.get_input_embeddings().num_embeddings
-            longest = min(longest, model.config.to_dict().get("max_position_embeddings") or longest)
+            vocabulary, most = _known_by(model)
+            longest = min(longest, most or longest)
             break
     return TextForm(
         padding=_padding(tokenizer, names),
