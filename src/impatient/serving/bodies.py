@@ -61,7 +61,9 @@ class Bodies:
                     size += len(chunk)
                     self._held += len(chunk)
                     self._check(size)
-                return await self._small(b"".join(chunks), length)
+                # The pieces are not kept beside the whole.
+                chunks[:] = [b"".join(chunks)]
+                return await self._small(chunks[0], length)
         except TimeoutError:
             text = "the body did not come within the longest deadline."
             raise StatusError(408, text) from None

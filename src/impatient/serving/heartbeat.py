@@ -34,8 +34,7 @@ class Heartbeat:
     def start(self) -> None:
         """Begin, on the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._due = self._clock.now() + BEAT_S
-        self._timer = self._loop.call_later(BEAT_S, self._beat)
+        self._await_next()
 
     def stop(self) -> None:
         """End it."""
@@ -44,9 +43,12 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self._late.append(self.lag_s)
+        self._await_next()
+        self._each()
+
+    def _await_next(self) -> None:
         self._due = self._clock.now() + BEAT_S
         self._timer = self._loop.call_later(BEAT_S, self._beat)
-        self._each()
 
     @property
     def lag_s(self) -> float:

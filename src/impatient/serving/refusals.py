@@ -45,7 +45,7 @@ class StatusError(BadRequest):
 
 
 def check_token(token: str, authorization: str) -> None:
-    """Raise StatusError unless a header carries the token; an empty token asks for none."""
+    """Raise StatusError unless a header carries the token that is asked for, if any is."""
     given = authorization.removeprefix("Bearer ")
     if token and not hmac.compare_digest(given.encode(), token.encode()):
         raise StatusError(401, "expected the header 'authorization: Bearer TOKEN'.")

@@ -209,8 +209,10 @@ class Service:
 
     @property
     def _stuck(self) -> bool:
-        most_s = HANG_S if self._working is None else max(HANG_S, 20.0 * self._working.seconds)
-        return self._working is not None and self.clock.now() - self._began > most_s
+        work = self._working
+        return work is not None and self.clock.now() - self._began > max(
+            HANG_S, 20.0 * work.seconds
+        )
 
     def _replace_hanging(self) -> None:
         """Go on with another thread, if there are not too many that hang."""
