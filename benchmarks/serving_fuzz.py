@@ -217,7 +217,7 @@ PATHS = st.sampled_from(
 
 @st.composite
 def right(draw: st.DrawFn) -> tuple[bytes, tuple[tuple[bytes, bytes], ...]]:
-    """A right request: body and headers."""
+    """Draw a right request, as body and headers."""
     rows = draw(st.integers(1, 4))
     values = draw(st.lists(NUMBERS, min_size=6 * rows, max_size=6 * rows))
     array = np.array(values, "<f4").reshape(rows, 2, 3)
@@ -242,9 +242,19 @@ def pieces(body: bytes, cuts: Sequence[int]) -> tuple[bytes, ...]:
     return tuple(body[a:b] for a, b in itertools.pairwise(places))
 
 
-def damaged(body: bytes, places: Sequence[int], values: bytes, how: str) -> bytes:
+def damaged(
+    draw: st.DrawFn,
+    body: bytes,
+    *,
+    until: int = 10_000,
+    hows: Sequence[str] = ("flip", "cut", "add", "double"),
+) -> bytes:
+    """Damage a body in one way, at some places up to a bound."""
+    places = draw(st.lists(st.integers(0, until), min_size=1, max_size=4))
+    values = draw(st.binary(min_size=len(places), max_size=len(places)))
+    how = draw(st.sampled_from(hows))
     data = bytearray(body)
-    for place, value in zip(places, values, strict=False):
+    for place, value in zip(places, values, strict=True):
         here = place % len(data) if data else 0
         if how == "flip" and data:
             data[here] ^= value or 1
@@ -265,7 +275,7 @@ HUGE = st.tuples(st.integers(0, 255), st.integers(60_000, 500_000))
 
 @st.composite
 def asked(draw: st.DrawFn) -> Asked:
-    """A request of any kind."""
+    """Draw a request of any kind."""
     kind = draw(
         st.sampled_from(
             ["right", "odd parts", "damaged", "lies", "bytes", "deep or huge", "path", "headers"]
@@ -280,11 +290,7 @@ def asked(draw: st.DrawFn) -> Asked:
         body = text if whole else text + tail
         headers = () if whole else ((HEADER_LENGTH.encode(), b"%d" % len(text)),)
     elif kind == "damaged":
-        places = draw(st.lists(st.integers(0, 10_000), min_size=1, max_size=4))
-        values = draw(st.binary(min_size=len(places), max_size=len(places)))
-        body = damaged(
-            body, places, values, draw(st.sampled_from(["flip", "cut", "add", "double"]))
-        )
+        body = damaged(draw, body)
     elif kind == "lies":
         name = draw(st.sampled_from([HEADER_LENGTH.encode(), b"content-length"]))
         kept = tuple(pair for pair in headers if pair[0] != name)
@@ -346,12 +352,12 @@ def judged(network: Network, one: Asked, sent: Sequence[dict[str, Any]]) -> str:
         told = json.loads(reply)
         said = "error" in told and len(told["error"]) > 10
         return str(status) if said or "ready" in told else "no reason"
-    kind = dict(starts[0]["headers"]).get(b"content-type", b"")
+    replied = dict(starts[0]["headers"])
     if one.method != "POST" or b"infer" not in one.path.encode(errors="replace"):
         return "200"
     headers = {name.decode("latin-1").lower(): v.decode("latin-1") for name, v in one.headers}
     x = input_of(b"".join(one.body), headers)
-    length = dict(starts[0]["headers"]).get(HEADER_LENGTH.encode())
+    length = replied.get(HEADER_LENGTH.encode())
     told = json.loads(reply if length is None else reply[: int(length)])
     (tensor,) = told["outputs"]
     numbers = (
@@ -359,7 +365,7 @@ def judged(network: Network, one: Asked, sent: Sequence[dict[str, Any]]) -> str:
         if length is None
         else np.frombuffer(reply[int(length) :], "<f4")
     )
-    assert kind
+    assert replied.get(b"content-type")
     good = is_right(network, x, told["parameters"]["exit"], numbers.reshape(tensor["shape"]))
     return "200" if good else "wrong answer"
 
@@ -368,7 +374,7 @@ def judged(network: Network, one: Asked, sent: Sequence[dict[str, Any]]) -> str:
 
 
 async def through_asgi(app: App, one: Asked) -> list[dict[str, Any]]:
-    """Send a request to the application itself; returns what it sends."""
+    """Send a request to the application itself, and return what it sends."""
     sent: list[dict[str, Any]] = []
     last = len(one.body) - 1
     waiting = [
@@ -409,8 +415,8 @@ async def ask_app(app: App, network: Network, tally: Tally, some: Sequence[Asked
 
 
 @st.composite
-def rpc_asked(draw: st.DrawFn) -> tuple[str, bytes, tuple[tuple[str, str], ...]]:
-    """A message to ModelInfer, as bytes, with the kind of input it is and metadata."""
+def rpc_asked(draw: st.DrawFn) -> tuple[str, bytes]:
+    """Draw a message to ModelInfer, as bytes, with the kind of input that it is."""
     kind = draw(st.sampled_from(["right", "odd parts", "damaged", "bytes"]))
     rows = draw(st.integers(1, 4))
     values = np.array(draw(st.lists(NUMBERS, min_size=6 * rows, max_size=6 * rows)), "<f4")
@@ -424,14 +430,10 @@ def rpc_asked(draw: st.DrawFn) -> tuple[str, bytes, tuple[tuple[str, str], ...]]
         _odd(draw, request, tensor)
     data = request.SerializeToString()
     if kind == "damaged":
-        places = draw(st.lists(st.integers(0, 10_000), min_size=1, max_size=4))
-        how = draw(st.sampled_from(["flip", "cut", "add", "double"]))
-        data = damaged(
-            data, places, draw(st.binary(min_size=len(places), max_size=len(places))), how
-        )
+        data = damaged(draw, data)
     elif kind == "bytes":
         data = draw(st.binary(max_size=60))
-    return kind, data, ()
+    return kind, data
 
 
 def _odd(draw: st.DrawFn, request: Any, tensor: Any) -> None:
@@ -466,14 +468,14 @@ def _odd(draw: st.DrawFn, request: Any, tensor: Any) -> None:
         setattr(entry, field_, value)
 
 
-async def ask_rpc(channel: Any, network: Network, tally: Tally, some: Sequence[Any]) -> None:
+async def ask_rpc(
+    channel: Any, network: Network, tally: Tally, some: Sequence[tuple[str, bytes]]
+) -> None:
     call = channel.unary_unary(f"/{messages.SERVICE}/ModelInfer")
 
-    async def ask(kind: str, data: bytes, metadata: Any) -> None:
+    async def ask(kind: str, data: bytes) -> None:
         try:
-            reply = messages.read(
-                "ModelInferResponse", await call(data, timeout=30.0, metadata=metadata)
-            )
+            reply = messages.read("ModelInferResponse", await call(data, timeout=30.0))
         except aio.AioRpcError as error:
             result = error.code().name
             if error.code() in RIGHT_CODES and len(error.details() or "") < 10:
@@ -496,7 +498,7 @@ async def ask_rpc(channel: Any, network: Network, tally: Tally, some: Sequence[A
 
 @st.composite
 def wire(draw: st.DrawFn) -> tuple[str, bytes]:
-    """Bytes as they come out of a socket, with the kind of input that they are."""
+    """Draw bytes as they come out of a socket, with the kind of input that they are."""
     kind = draw(st.sampled_from(["right", "damaged", "half", "bytes"]))
     body, headers = draw(right())
     lines = [b"POST " + INFER.encode() + b" HTTP/1.1", b"host: a", b"connection: close"]
@@ -504,9 +506,7 @@ def wire(draw: st.DrawFn) -> tuple[str, bytes]:
     lines.append(b"content-length: %d" % len(body))
     data = b"\r\n".join(lines) + b"\r\n\r\n" + body
     if kind == "damaged":
-        places = draw(st.lists(st.integers(0, 300), min_size=1, max_size=4))
-        values = draw(st.binary(min_size=len(places), max_size=len(places)))
-        data = damaged(data, places, values, draw(st.sampled_from(["flip", "cut", "add"])))
+        data = damaged(draw, data, until=300, hows=("flip", "cut", "add"))
     elif kind == "half":
         data = data[: draw(st.integers(0, len(data) - 1))]
     elif kind == "bytes":
