@@ -22,7 +22,7 @@ import argparse
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +104,9 @@ class Case:
     order: np.ndarray
 
 
-def the_model(times: Times, max_batch: int) -> ServedModel:
+def the_model(times: Times) -> ServedModel:
     """Make the model from measured times and the recording of the validation split."""
-    seen = Recording.load(zoo_folder(NETWORK) / "recordings" / "validation.safetensors")
-    hits, scores = arrays_of(seen)
+    hits, scores = recorded("validation")
     stages_s, heads_s = (
         {int(size): tuple(row) for size, row in times[what].items()}
         for what in ("stages_s", "heads_s")
@@ -118,11 +117,13 @@ def the_model(times: Times, max_batch: int) -> ServedModel:
         heads_s=heads_s,
         quality=tuple(hits.mean(1).tolist()),
         gains=GainTable.of(hits, scores),
-        max_batch=max_batch,
+        max_batch=max(SIZES),
     )
 
 
-def arrays_of(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+def recorded(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Load quality and scores of a split, [K, N] each."""
+    recording = Recording.load(zoo_folder(NETWORK) / "recordings" / f"{split}.safetensors")
     scores = recording.scores["max_probability"]
     return recording.quality.double().numpy(), scores.double().numpy()
 
@@ -223,7 +224,7 @@ def bound_of(model: ServedModel, case: Case, quality: np.ndarray) -> float:
 def compared(
     case: Case, models: tuple[ServedModel, ServedModel], test: tuple[np.ndarray, np.ndarray]
 ) -> Iterator[Row]:
-    """Give a row per rule; the second model is the first without batches."""
+    """Give a row per rule, where the second model is the first without batches."""
     bound = bound_of(models[0], case, test[0])
     # What can have its first exit in time, alone and at once.
     possible = case.budgets_s >= models[0].work_s(0, 0, 1)
@@ -343,7 +344,7 @@ def measured(repeats: int = 250) -> Times:
 
 
 def pass_s(network: impatient.Network, x: torch.Tensor) -> np.ndarray:
-    """Run a network once; returns seconds of all stages, and of all heads, [2, K]."""
+    """Run a network once, and return seconds of all stages, and of all heads, [2, K]."""
     found = np.zeros((2, network.num_exits))
     before = time.thread_time()
     for exit in network.exits(x):
@@ -369,9 +370,9 @@ def main() -> None:
     if args.measure:
         write_json(TIMES, measured())
         return
-    times = read_json(TIMES)
-    models = the_model(times, max(SIZES)), the_model(times, 1)
-    test = arrays_of(Recording.load(zoo_folder(NETWORK) / "recordings" / "test.safetensors"))
+    model = the_model(read_json(TIMES))
+    models = model, replace(model, max_batch=1)
+    test = recorded("test")
     if args.quick:
         RULES.pop(SLOW[0])
     if args.smoke:

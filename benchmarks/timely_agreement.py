@@ -33,16 +33,15 @@ from timely import (
     RULES,
     SIZES,
     Case,
-    arrays_of,
     case_of,
     cheapest_s,
     measured,
+    recorded,
     simulated,
     the_model,
 )
 
 import impatient
-from impatient.evaluation.recording import Recording
 from impatient.files import read_json, write_json
 from impatient.networks.zoo import zoo_folder
 from impatient.serving import ServedModel
@@ -67,7 +66,7 @@ def serve(rule: str, file: Path) -> None:
     spec = NetworkSpec.load(zoo_folder(NETWORK) / "network.json")
     hosted = Hosted(
         network=impatient.load_zoo(NETWORK),
-        model=the_model(read_json(file), max(SIZES)),
+        model=the_model(read_json(file)),
         input=InputSpec.one(["UINT8"], spec.example_shape, max(SIZES)),
         preprocess=spec.preprocess,
         classes=spec.class_names,
@@ -182,8 +181,8 @@ def main() -> None:
     times = measured(20 if args.smoke else 250)
     os.sched_setaffinity(0, {CORES[-1]})
     data = impatient.load_data(args.data or data_spec("cifar10"))
-    model = the_model(times, max(SIZES))
-    test = arrays_of(Recording.load(zoo_folder(NETWORK) / "recordings" / "test.safetensors"))
+    model = the_model(times)
+    test = recorded("test")
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "times.json"
