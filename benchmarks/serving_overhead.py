@@ -126,7 +126,7 @@ def serve_starlette(width: int, port: int, *, threads: bool) -> None:
 
 
 class Api(LitAPI):
-    """The network in LitServe; what its worker is given has to be found by name."""
+    """The network in LitServe, whose worker has to find by name what it is given."""
 
     def setup(self, device: str) -> None:  # noqa: ARG002  LitServe's name
         torch.set_num_threads(1)
@@ -226,7 +226,7 @@ class Server:
 
 
 def measured(width: int, rounds: int) -> dict[str, np.ndarray]:
-    """Ask all servers in turn; returns seconds by name, "alone" for the network alone."""
+    """Ask all servers in turn, and return seconds by name, "alone" for the network alone."""
     x = torch.randn(1, INPUT)
     tensor = {"name": "input", "datatype": "FP32", "shape": [1, INPUT], "data": x[0].tolist()}
     body = json.dumps({"inputs": [tensor]}).encode()
@@ -266,8 +266,8 @@ def rows_of(title: str, times: dict[str, np.ndarray]) -> list[dict[str, object]]
             row["p50 beyond the network, ms"] = f"{p50 - alone_ms:.3f}"
         for base in ("starlette", "starlette-threads"):
             if name not in ("alone", base) and base in times:
-                ratio, low, high = quantile_ratio(seconds, times[base], 0.5)
-                above, least, most = quantile_difference(seconds, times[base], 0.99)
+                ratio, low, high = compared(ratio_of_p50, seconds, times[base])
+                above, least, most = compared(ms_above_p99, seconds, times[base])
                 row[f"p50 / {NAMES[base]}"] = f"{ratio:.3f} ({low:.3f} to {high:.3f})"
                 row[f"p99 - {NAMES[base]}, ms"] = f"{above:.3f} ({least:.3f} to {most:.3f})"
         row["n"] = len(seconds)
@@ -275,24 +275,22 @@ def rows_of(title: str, times: dict[str, np.ndarray]) -> list[dict[str, object]]
     return rows
 
 
-def quantile_ratio(a: np.ndarray, b: np.ndarray, q: float) -> tuple[float, float, float]:
-    """Ratio of two quantiles of paired rounds, with its 95 % interval by the bootstrap."""
-    found = [np.quantile(x, q) / np.quantile(y, q) for x, y in resampled(a, b)]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(np.quantile(a, q) / np.quantile(b, q)), float(low), float(high)
+def ratio_of_p50(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.quantile(a, 0.5) / np.quantile(b, 0.5))
 
 
-def quantile_difference(a: np.ndarray, b: np.ndarray, q: float) -> tuple[float, float, float]:
-    """Difference of two quantiles in ms, likewise."""
-    found = [(np.quantile(x, q) - np.quantile(y, q)) * 1e3 for x, y in resampled(a, b)]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float((np.quantile(a, q) - np.quantile(b, q)) * 1e3), float(low), float(high)
+def ms_above_p99(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.quantile(a, 0.99) - np.quantile(b, 0.99)) * 1e3
 
 
-def resampled(a: np.ndarray, b: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def compared(
+    how: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, b: np.ndarray
+) -> tuple[float, float, float]:
+    """Compare seconds of paired rounds, with the 95 % interval by the bootstrap."""
     dice = np.random.default_rng(0)
     places = (dice.integers(len(a), size=len(a)) for _ in range(300))
-    return [(a[place], b[place]) for place in places]
+    low, high = np.quantile([how(a[place], b[place]) for place in places], [0.025, 0.975])
+    return how(a, b), float(low), float(high)
 
 
 def pin(core: int) -> None:
