@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import pytest
 import torch
 import tritonclient.http as triton
 
-from asking import HEAD, ask, body_of, infer
+from asking import HEAD, ask, body_of, connected, infer
 from fakes import wait_until
 from impatient.errors import ServingError
 from impatient.serving.service import Service
@@ -145,8 +144,7 @@ def test_a_caller_that_goes_frees_its_place() -> None:
         begun = threading.Event()
         network.at[0] = lambda: (begun.set(), held.wait(20))
         body = body_of([1, 2, 3, 4])
-        caller = socket.create_connection(("127.0.0.1", port))
-        caller.sendall(HEAD % len(body) + body)
+        caller = connected(port, HEAD % len(body) + body)
         assert begun.wait(20)
         assert service.scheduler.waiting == 1
         caller.close()
@@ -225,8 +223,7 @@ def test_bad_parameters_have_a_reason(shared, parameters, reason) -> None:
 
 def test_a_body_that_never_ends_is_not_waited_for() -> None:
     with serving(Gated(), default_s=0.1, most_s=0.2) as (_service, port):
-        caller = socket.create_connection(("127.0.0.1", port), timeout=20)
-        caller.sendall(HEAD % 99 + b"{")
+        caller = connected(port, HEAD % 99 + b"{")
         assert b"408" in caller.recv(1000)
         caller.close()
 

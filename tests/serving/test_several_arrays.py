@@ -10,6 +10,7 @@ import torch
 import tritonclient.grpc as rpc
 import tritonclient.http as http
 
+from fakes import wait_until
 from impatient.errors import BadRequest, ServingError
 from impatient.serving.protocol import read_request
 from impatient.serving.tensors import InputSpec, TensorSpec
@@ -86,8 +87,7 @@ def test_requests_of_different_lengths_share_a_batch_and_keep_their_answers() ->
             first = pool.submit(ask, texts[0])
             assert begun.wait(20)
             others = [pool.submit(ask, ids) for ids in texts[1:]]
-            while service.scheduler.waiting < 4:
-                held.wait(0.001)
+            wait_until(lambda: service.scheduler.waiting >= 4)
             held.set()
             answers = [one.result() for one in (first, *others)]
     for ids, answer in zip(texts, answers, strict=True):

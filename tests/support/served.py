@@ -90,19 +90,16 @@ class Words(Network):
 
 
 def hosted_texts(network: Network, side: str = "right") -> Hosted:
-    model = ServedModel(name="net", stages_s={1: (1e-4,) * 3}, quality=(0.5, 0.7, 0.9), max_batch=4)
-    return Hosted(
-        network=network.eval(),
-        model=model,
+    return dataclasses.replace(
+        hosted(network),
         input=dataclasses.replace(TEXTS, side=side),
-        preprocess=Preprocess(mean=(), std=()),
         classes=tuple("abcdefghi"),
     )
 
 
 @contextmanager
 def serving(*networks: Network, **options: Any) -> Iterator[tuple[Service, int]]:
-    """A server on a free port, in a thread of its own; options as below."""
+    """A server on a free port, in a thread of its own, with the options below."""
     with serving_both(*networks, **options) as (service, port, _):
         yield service, port
 
