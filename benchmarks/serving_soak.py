@@ -86,7 +86,7 @@ class Slow(Network):
 
 
 async def serve() -> None:
-    """Serve until the input ends; say the ports, and every second what is held."""
+    """Serve until the input ends, and say the ports, and every second what is held."""
     torch.set_num_threads(1)
     model = ServedModel(
         name="net",

@@ -245,7 +245,7 @@ def test_json_in_binary_is_the_same_request() -> None:
 
 
 def flood(port: int, seconds: float) -> tuple[int, list[int], int]:
-    """Send requests one after the other; returns those sent, statuses, connections that broke."""
+    """Send requests in turn, and return those sent, statuses, connections that broke."""
     body = body_of([1, 2, 3, 4])
     sent, statuses, broken = 0, [], 0
     end = time.monotonic() + seconds

@@ -17,7 +17,7 @@ def ask(
     headers: dict[str, str] | None = None,
     method: str | None = None,
 ) -> tuple[int, dict[str, str], bytes]:
-    """Send one request; returns status, headers, body."""
+    """Send one request, and return status, headers, body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         connection.request(method or ("GET" if body is None else "POST"), path, body, headers or {})
@@ -35,7 +35,7 @@ def body_of(values: Any, **parameters: Any) -> bytes:
 
 
 def infer(port: int, values: Any = (1, 2, 3, 4), model: str = "net", **parameters: Any) -> Any:
-    """Ask for one answer; returns status, headers, the reply."""
+    """Ask for one answer, and return status, headers, the reply."""
     status, headers, body = ask(port, f"/v2/models/{model}/infer", body_of(values, **parameters))
     return status, headers, json.loads(body)
 
@@ -57,7 +57,7 @@ def all_from(caller: socket.socket) -> bytes:
 
 
 def reply_from(caller: socket.socket) -> tuple[int, dict[bytes, bytes], bytes]:
-    """Read one reply with a length; returns status, headers in small letters, body."""
+    """Read one reply with a length, and return status, headers in small letters, body."""
     data = b""
     while b"\r\n\r\n" not in data:
         data += _some(caller)

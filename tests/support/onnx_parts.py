@@ -25,7 +25,7 @@ X = RANDOM.normal(size=(4, 6)).astype(np.float32)
 
 
 def truth(x: Any) -> list[Any]:
-    """The outputs of the three exits; the skip value of the first stage is used in the last."""
+    """The outputs of the three exits, of which the last uses the first stage's skip value."""
     h = np.tanh(x @ W["a"])
     skip = x @ W["b"]
     u = np.tanh(h @ W["c"])
