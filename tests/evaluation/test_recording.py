@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from impatient.errors import ClassCountMismatch, RecordingError, StorageError
+from impatient.errors import ClassCountMismatch, RecordingError, StorageError, TaskError
 from impatient.evaluation import Recording, record
 from impatient.evaluation.batch_tables import BatchTable
 from impatient.files import read_tensors, write_tensors
@@ -222,6 +222,12 @@ def test_tables_that_hold_no_real_numbers_are_refused(tmp_path, dtype):
         write_tensors(tmp_path / "wrong.safetensors", wrong, header)
         with pytest.raises(StorageError, match=r"expected real numbers|expected Float"):
             Recording.load(tmp_path / "wrong.safetensors")
+
+
+def test_a_recording_in_which_every_answer_counts_as_right_is_refused():
+    labels = torch.arange(5) % 3
+    with pytest.raises(TaskError, match="there are 3 classes; expected fewer than 3"):
+        Recording.of(torch.zeros(2, 5, 3), labels, split="test", task="classification:top=3")
 
 
 # --- memory ---------------------------------------------------------------------------------------

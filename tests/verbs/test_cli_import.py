@@ -132,6 +132,7 @@ BAD: dict[str, tuple[Arrays, tuple[str, ...], str]] = {
     "measured targets": (spoilt(targets=GOOD["targets"] / 2), COSTS, "task='regression'"),
     "another task": (GOOD, (*COSTS, "--task", "binary"), "one number per sample"),
     "labels by column": (GOOD, (*COSTS, "--task", "multi_label"), r"expected both \[B, C\]"),
+    "all classes": (GOOD, (*COSTS, "--task", "classification:top=5"), "expected fewer than 5"),
     "no costs": (GOOD, (), "0 kinds of costs"),
     "two costs": (GOOD, (*COSTS, "--stages-ms", "1,1,1,1"), "2 kinds of costs"),
     "costs of other exits": (GOOD, ("--costs-ms", "1,2"), "costs of 2 exits for outputs of 4"),

@@ -40,7 +40,7 @@ def test_the_command_line_counts_them_from_training_to_the_report(
         judged = in_top(found["test"], top)[0].mean()
         assert evaluation["exit 0"].accuracy.value == pytest.approx(judged)
     # all ten classes would always hold the true one
-    for verb in (["fit", run, "--max-loss", 2], ["evaluate", run]):
+    for verb in (["record", run, "--quiet"], ["fit", run, "--max-loss", 2], ["evaluate", run]):
         code, said = call(*verb, "--top", 10)
         assert (code, "there are 10 classes; expected fewer than 10" in said) == (1, True)
     done("report", run)

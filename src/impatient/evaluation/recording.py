@@ -28,7 +28,7 @@ from impatient.provenance import Provenance
 from impatient.provenance import provenance as made_now
 from impatient.store import Stored
 from impatient.tasks import Task, is_classification, named
-from impatient.tasks.classification import check_labels
+from impatient.tasks.classification import check_labels, top_of
 from impatient.trees import leaves, map_leaves, size
 
 
@@ -115,7 +115,16 @@ class Recording(Stored, made_by="`impatient record`"):
                 self._check_tables()
 
     def _check_tables(self) -> None:
-        """Refuse tables that are not of these outputs, such as after `dataclasses.replace`."""
+        """Refuse tables that are not of these outputs, such as after `dataclasses.replace`.
+
+        Those that say nothing are refused, too.
+        """
+        top, classes = top_of(self.task), self.logits().shape[-1]
+        if top > 1 and top >= classes:
+            raise TaskError(
+                f"top={top} takes every answer for right, since there are {classes} classes; "
+                f"expected fewer than {classes}."
+            )
         judge = named(self.task).quality
         found = [judge(output, self.labels) for output in self.logits()]
         if not torch.equal(torch.stack(found), self.quality):

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import impatient
-from impatient.errors import ModelSpecError, StaleInput, StorageError, TaskError
+from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.files import is_file, plain_name, remove, written_whole
 from impatient.store import holds_tensors
 from impatient.verbs.network_spec import NetworkSpec, load_weights, read_weights
@@ -230,13 +230,6 @@ class RunDirectory:
         made = dataclasses.replace(recording.provenance, weights=weights)
         recording = dataclasses.replace(recording, provenance=made)
         task = with_top(recording.task, top)
-        if top is not None and recording.outputs is not None:
-            classes = recording.outputs.shape[-1]
-            if top >= classes:
-                raise TaskError(
-                    f"--top {top} takes every answer for right, since there are {classes} classes; "
-                    f"expected fewer than {classes}."
-                )
         return recording if task == recording.task else recording.as_task(task)
 
     # --- policies ---------------------------------------------------------------------------------
