@@ -17,6 +17,7 @@
   }
   const scores = Object.fromEntries(Object.entries(data.scores).map(([name, text]) => [name, bytes(text)]));
   const sum = (values) => values.reduce((total, value) => total + value, 0);
+  const exitRows = data.rows.filter((row) => row.kind === "exit");
 
   // --- what people read ---
 
@@ -249,7 +250,7 @@
       return put(svg, "path", { ...look, d: `${corners.join("")}H${width - 8}` });
     };
     data.compared.forEach((other, index) => staircase(other.exits, { class: "other", stroke: COLOURS[index % COLOURS.length] }));
-    const held = data.rows.filter((row) => row.kind === "exit").map((row) => [row.interruptible, row.quality]);
+    const held = exitRows.map((row) => [row.interruptible, row.quality]);
     staircase(held, { class: "steps" });
     put(svg, "line", { class: "until", x1: x(state.deadline), x2: x(state.deadline), y1: 8, y2: bottom });
     const end = x(state.deadline) > width - 70;
@@ -361,7 +362,7 @@
       const name = put(svg, "text", { x: left - 8, y: top + 12, "text-anchor": "end" }, `${exit}  ${cut(exits[exit], Math.floor((left - 24) / 7))}`);
       put(name, "title", {}, exits[exit]);
       put(svg, "line", { class: `whisker${pale}`, x1: x(part.start + part.stage + part.head), x2: x(part.late), y1: top + 8, y2: top + 8 });
-      const good = data.rows[exit].quality;
+      const good = exitRows[exit].quality;
       put(svg, "text", { class: exit > cap ? "" : "strong", x: Math.max(x(part.late), x(part.start + part.stage + part.head)) + 6, y: top + 12 }, percent(good));
       put(svg, "rect", { class: `stage${pale}`, x: x(part.start), y: top, width: x(part.start + part.stage) - x(part.start), height: 16 });
       put(svg, "rect", { class: `head${pale}`, x: x(part.start + part.stage), y: top, width: x(part.start + part.stage + part.head) - x(part.start + part.stage), height: 16 });
@@ -436,14 +437,15 @@
 
   // --- the sentence ---
 
-  const exitRows = data.rows.filter((row) => row.kind === "exit");
+  /** The row of a fitted policy, if this is one. */
+  const rowOf = (way) => data.rows.find((row) => row.kind === "policy" && row.name === way.name);
   const capNow = () => {
     const way = ways[state.way];
     return way.point && way.point.routes ? last : deepest(stepOf(way, state.step).open, state.deadline);
   };
   /** The numbers of the state. As a policy was fitted, those of the evaluation, which are unquantised. */
   function quoted(way, cap, here) {
-    const row = data.rows.find((entry) => entry.kind === "policy" && entry.name === way.name);
+    const row = rowOf(way);
     const asFitted = row && (way.family ? way.family.fitted && state.step === way.family.start : true);
     if (asFitted && cap === last) return { quality: row.quality, time: row.contract, interval: row.interval, whole: exitRows[last].quality };
     const whole = sum(quality.subarray(cap * samples, (cap + 1) * samples)) / 255 / samples;
@@ -470,9 +472,8 @@
     sentence.replaceChildren(routes ? "Without a deadline" : "With a deadline of ");
     if (!routes) number(ms(state.deadline));
     if (cap < 0) {
-      const needed = times.p99.stages[0] + times.p99.heads[0] + data.reserve;
       sentence.append(" no answer is sure to be there: the first takes up to ");
-      number(ms(needed));
+      number(ms(needed(stepOf(way, state.step).open)[0]));
       sentence.append(".");
     } else {
       sentence.append(` ${words.it_is} `);
@@ -487,7 +488,7 @@
     under.replaceChildren();
     if (cap < 0) under.append(`The runner would give exit 0's answer, late, or raise an error if you say so. `);
     else {
-      under.append(data.rows.some((row) => row.kind === "policy" && row.name === way.name) ? "Policy " : "With ");
+      under.append(rowOf(way) ? "Policy " : "With ");
       html(under, "bdi", {}, way.name);
       under.append(`: ${price(found, cap)}. `);
     }
@@ -535,9 +536,9 @@
     [...$("exits").rows].forEach((row, exit) => {
       row.cells[1].textContent = ms(roundedUp(least[exit]));
       row.classList.toggle("pale", exit > cap);
-      const deepest = exit === cap && !(way.point && way.point.routes);
-      row.cells[3].textContent = exit > cap ? "late" : deepest ? "deepest in time" : "in time";
-      row.classList.toggle("deepest", deepest);
+      const isDeepest = exit === cap && !(way.point && way.point.routes);
+      row.cells[3].textContent = exit > cap ? "late" : isDeepest ? "deepest in time" : "in time";
+      row.classList.toggle("deepest", isDeepest);
     });
   }
 
