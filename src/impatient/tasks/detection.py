@@ -22,6 +22,7 @@ from impatient.tasks.matching import focal_losses, losses
 from impatient.tasks.objects import (
     Objects,
     classes_in,
+    classes_of,
     objects_of,
     packed,
     parts,
@@ -253,7 +254,7 @@ def statistics(
 
     Each detection is its score, class, and whether it is right.
     """
-    classes = parts(output)[0].shape[2] - (not sigmoid)
+    classes = classes_of(parts(output)[0], sigmoid)
     one, truth = find(output), truth_of(output, target, sigmoid)
     counts = _counts(one, truth, threshold)
     objects = F.one_hot(truth.labels + 1, classes + 1)[..., 1:].sum(1)
@@ -331,11 +332,11 @@ def layer(
 
 def ideal(target: Any, output: Any, *, sigmoid: bool = False) -> Float[Tensor, "1 N D"]:
     """Make the output that would be right."""
-    columns = parts(output)[0].shape[2]
-    classes = columns - (not sigmoid)
+    logits, _ = parts(output)
+    classes = classes_of(logits, sigmoid)
     read = objects_of(target, 1, classes)
     nothing = torch.where(read.labels >= 0, read.labels, classes)
-    right = F.one_hot(nothing, classes + 1)[..., :columns].float()
+    right = F.one_hot(nothing, classes + 1)[..., : logits.shape[2]].float()
     return torch.cat([CERTAIN * (2 * right - 1 if sigmoid else right), read.boxes], -1)
 
 

@@ -62,6 +62,11 @@ def probabilities(logits: Float[Tensor, "B Q D"], sigmoid: bool) -> Float[Tensor
     return logits.sigmoid() if sigmoid else logits.softmax(-1)[..., :-1]
 
 
+def classes_of(logits: Float[Tensor, "B Q D"], sigmoid: bool) -> int:
+    """Count the classes that logits are of, that of no object left out."""
+    return logits.shape[2] if sigmoid else logits.shape[2] - 1
+
+
 def packed(output: Any) -> Float[Tensor, "B Q D"]:
     """Put logits and boxes side by side, as one tensor."""
     return output if isinstance(output, Tensor) else torch.cat(parts(output), -1)
@@ -152,5 +157,5 @@ def classes_in(target: Any) -> int:
 def truth_of(output: Any, target: Any, sigmoid: bool) -> Objects:
     """Read targets as those of an output, and on its device."""
     logits, _ = parts(output)
-    read = objects_of(target, len(logits), logits.shape[2] - (not sigmoid))
+    read = objects_of(target, len(logits), classes_of(logits, sigmoid))
     return Objects(read.labels.to(logits.device), read.boxes.to(logits.device))
