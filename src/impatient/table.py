@@ -61,7 +61,10 @@ class Table:
     kinds: Sequence[str] = ()
 
     def shown_in(self, place: Literal["terminal", "page"]) -> Table:
-        """Leave out the columns that are only for another place; on a page, empty ones, too."""
+        """Leave out the columns that are only for another place.
+
+        On a page those without any text are left out, too.
+        """
         shown = [
             not isinstance(column, Column)
             or (
@@ -84,6 +87,16 @@ class Table:
 def percent(share: float, digits: int = 1) -> str:
     """Write a share for people, its unit on the same line."""
     return f"{share * 100:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def points(share: float) -> str:
+    """Write a share that is lost or gained for people, in points.
+
+    Example:
+        >>> points(0.01), points(0.025)
+        ('1 point', '2.5 points')
+    """
+    return f"{share * 100:g} point{'' if share == 0.01 else 's'}"
 
 
 def milliseconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Two runs are compared on the same data; otherwise it is said what differs."""
+"""Two runs are compared on the same data, or it is said what differs."""
 
 import dataclasses
 import shutil

@@ -12,7 +12,7 @@ from impatient.evaluation.payload import Family
 from impatient.evaluation.recording import Recording
 from impatient.evaluation.vectorised import judge_policies
 from impatient.policies.targets import LOSS, FittedTo
-from impatient.table import grouped, milliseconds, percent
+from impatient.table import grouped, milliseconds, percent, points
 
 # shares, and changes of times, below this are nothing to act on
 SMALL = 0.02
@@ -114,7 +114,7 @@ def missed_targets(evaluation: Evaluation, targets: Mapping[str, FittedTo]) -> I
         # beyond rounding
         if target.name == LOSS and lost > target.wanted + 1e-9:
             yield (
-                f"Policy {row.name} was to lose at most {_most(target.wanted)} of "
+                f"Policy {row.name} was to lose at most {points(target.wanted)} of "
                 f"{evaluation.quality_name} and loses {lost * 100:.1f} here: the target was met "
                 f"{fitted}, and these are {grouped(evaluation.samples)} others. For a bound on new "
                 "samples ask for a guarantee: "
@@ -126,10 +126,6 @@ def missed_targets(evaluation: Evaluation, targets: Mapping[str, FittedTo]) -> I
                 f"{milliseconds(row.contract_s)} here: the target was met {fitted}. Fit it to a "
                 "shorter time, or on more samples."
             )
-
-
-def _most(loss: float) -> str:
-    return f"{loss * 100:g} point{'' if loss == POINT else 's'}"
 
 
 def _points(change: float, quality: str) -> str:

@@ -116,7 +116,7 @@ def opening_of(
     free = evaluation.of("exit_free")
     quality, interval, time_s = _numbers(evaluation, recording, costs, payload)
     return Opening(
-        deadline_ms=rounded_up(max(_needed_ms(costs, all_open))),
+        deadline_ms=_rounded_up(max(_needed_ms(costs, all_open))),
         policy=payload.first,
         fitted=payload.fitted,
         routes=routes,
@@ -176,12 +176,12 @@ def _needed_ms(costs: CostProfile, open_exits: Sequence[bool]) -> tuple[float, .
 def by_when(evaluation: Evaluation, opening: Opening) -> list[tuple[str, str, str]]:
     """Say for each exit by which deadline it surely answers, and how good it is."""
     return [
-        (row.name, milliseconds(rounded_up(needed) / 1e3), percent(row.accuracy.value))
+        (row.name, milliseconds(_rounded_up(needed) / 1e3), percent(row.accuracy.value))
         for row, needed in zip(evaluation.of("exit"), opening.needed_ms, strict=True)
     ]
 
 
-def rounded_up(number: float) -> float:
+def _rounded_up(number: float) -> float:
     """Round up to three digits."""
     digit = 10.0 ** (math.floor(math.log10(number)) - 2)
     return float(f"{math.ceil(number / digit - 1e-9) * digit:.6g}")

@@ -52,7 +52,7 @@ from impatient.policies.rules import scores_of
 from impatient.policies.targets import FittedTo
 from impatient.portable.timing import RESERVE_S
 from impatient.provenance import Provenance, fingerprint_bytes
-from impatient.table import Cell, Table, grouped, percent
+from impatient.table import Cell, Table, grouped, percent, points
 
 _CURVE = (
     "Interruptible is the time when every head on the way runs, in case it is the last; contract "
@@ -483,7 +483,7 @@ def _asked(name: str, value: float) -> str:
     if name == "time_price":
         return f"{value:g} errors per second"
     if name == "max_accuracy_loss":
-        return f"{value * 100:g} point{'' if value == 0.01 else 's'} lost at most"
+        return f"{points(value)} lost at most"
     cost: dict[str, Cost] = {"mean_macs": "macs", "mean_bytes": "bytes", "mean_energy_j": "energy"}
     return f"{amount(value, cost.get(name, 'time'))} at most"
 
