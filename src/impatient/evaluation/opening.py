@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from impatient.costs import CostProfile
 from impatient.evaluation.evaluate import Evaluation
-from impatient.evaluation.payload import Payload
+from impatient.evaluation.payload import Payload, until_exits_s
 from impatient.evaluation.recording import Recording
-from impatient.policies.policy import Policy
+from impatient.policies.policy import hits_of
 from impatient.portable.timing import RESERVE_S
 from impatient.table import milliseconds, percent
 
@@ -114,6 +112,9 @@ def opening_of(
     routes = shown is not None and shown.routes
     all_open = (True,) * costs.num_exits
     free = evaluation.of("exit_free")
+    until_s = (
+        costs.interruptible_s(batch_size=size) if shown is None else until_exits_s(shown, costs)
+    )
     quality, interval, time_s = _numbers(evaluation, recording, costs, payload)
     return Opening(
         deadline_ms=_rounded_up(max(_needed_ms(costs, all_open))),
@@ -125,7 +126,7 @@ def opening_of(
         interval=interval,
         time_ms=time_s * 1e3,
         whole=evaluation.of("exit")[-1].accuracy.value,
-        whole_ms=None if routes else _whole_s(costs, shown) * 1e3,
+        whole_ms=None if routes else until_s[-1] * 1e3,
         free=max((row.accuracy.value for row in free), default=None),
         free_ms=costs.exit_free_s(batch_size=size) * 1e3,
         needed_ms=_needed_ms(costs, all_open if shown is None or routes else shown.open_exits()),
@@ -141,18 +142,8 @@ def _numbers(
         row = next((row for row in rows if row.name == payload.first), rows[-1])
         return row.accuracy.value, (row.accuracy.low, row.accuracy.high), row.contract_s
     outcome = payload.shown.outcome(recording, costs, batch_size=min(costs.batches))
-    quality = recording.quality.double().numpy()
-    reached = quality[outcome.exits.numpy(), np.arange(quality.shape[1])]
+    reached = hits_of(recording, outcome.exits).double()
     return float(reached.mean()), None, float(outcome.contract_s.mean())
-
-
-def _whole_s(costs: CostProfile, shown: Policy | None) -> float:
-    """Return the mean time until the last exit, with the heads that a policy looks at."""
-    heads = (True,) * costs.num_exits if shown is None else shown.open_exits()
-    until = costs.cumulative(
-        "time", "interruptible", batch_size=min(costs.batches), heads=tuple(map(bool, heads))
-    )
-    return until[-1] + (0.0 if shown is None else shown.added_s()[-1])
 
 
 def _needed_ms(costs: CostProfile, open_exits: Sequence[bool]) -> tuple[float, ...]:

@@ -172,6 +172,14 @@ def times(costs: CostProfile) -> dict[str, Any]:
     }
 
 
+def until_exits_s(policy: Policy, costs: CostProfile) -> tuple[float, ...]:
+    """Return the mean seconds until each exit answers under a policy."""
+    until = costs.cumulative(
+        "time", "interruptible", batch_size=min(costs.batches), heads=policy.open_exits()
+    )
+    return tuple(time + asking for time, asking in zip(until, policy.added_s(), strict=True))
+
+
 def packed(numbers: np.ndarray) -> str:
     """Write whole numbers from 0 to 255 as text, a byte each."""
     return base64.b64encode(numbers.astype(np.uint8).tobytes()).decode("ascii")
@@ -407,13 +415,11 @@ def _point(
     outcome = policy.outcome(recording, costs, batch_size=size)
     exits = outcome.exits.numpy()
     quality = recording.quality.double().numpy()
-    until = costs.cumulative("time", "interruptible", batch_size=size, heads=policy.open_exits())
-    added = policy.added_s()
     return {
         "name": name,
         "routes": policy.routes,
         "stops": packed(exits[rows]),
-        "until": [(time + asking) * 1e3 for time, asking in zip(until, added, strict=True)],
+        "until": [time * 1e3 for time in until_exits_s(policy, costs)],
         "open": list(map(bool, policy.open_exits())),
         "quality": float(quality[exits, np.arange(len(exits))].mean()),
         "time": float(outcome.contract_s.mean()) * 1e3,
