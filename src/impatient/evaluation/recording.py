@@ -92,12 +92,14 @@ class Recording(Stored, made_by="`impatient record`"):
         tables = {"quality": self.quality, "statistics": self.statistics, "outputs": self.outputs}
         tables |= {f"score {name!r}": table for name, table in self.scores.items()}
         for name, table in tables.items():
-            if table is not None and (tuple(table.shape[:2]) != expected or len(self) == 0):
+            if table is None:
+                continue
+            if tuple(table.shape[:2]) != expected or len(self) == 0:
                 raise RecordingError(
                     f"{name} of shape {tuple(table.shape)} for {expected[0]} exits and "
                     f"{expected[1]} samples; expected [K, N, ...] with at least one sample."
                 )
-            if table is not None and not table.is_floating_point():
+            if not table.is_floating_point():
                 raise RecordingError(
                     f"{name} of {str(table.dtype).removeprefix('torch.')}; expected real numbers "
                     "in floating point."

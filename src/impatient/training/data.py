@@ -149,8 +149,9 @@ class Data:
         examples = self.examples("train")
         count = self.size("train")
         first = 0
-        if examples.lengths is not None:
-            first = int(examples.lengths.argsort(stable=True)[int(0.9 * (count - 1))])
+        shortest_first = self.by_length("train")
+        if shortest_first is not None:
+            first = int(shortest_first[int(0.9 * (count - 1))])
         places = [(first + place) % count for place in range(min(batch_size, count))]
         return self.preprocess(examples.take(places))
 
