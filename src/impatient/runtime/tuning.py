@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 
 from impatient import checks
 from impatient.anytime import Network, begin
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.errors import CostError
 from impatient.inputs import evaluating, first_tensor, synchronise
 from impatient.progress import display
@@ -138,7 +138,15 @@ def _tuned(
         with RealTime(names) as settings, settings.quiet:
             return block()
 
-    pairs = _in_turn(block_with, block, -(-runs // BLOCK), max_seconds, clock)
+    blocks = block_with, block
+    # Warmed up before the clock for `max_seconds` starts.
+    list(interleaved(blocks, repeats=0, warm_up=1))
+    pairs = []
+    start = clock.now()
+    for pair in interleaved(blocks, repeats=-(-runs // BLOCK)):
+        pairs.append(pair)
+        if len(pairs) >= PAIRS and clock.now() - start > max_seconds:
+            break
     # By pair, way, run and what was measured.
     times_s = np.array(pairs)
     ratios = {
@@ -146,24 +154,6 @@ def _tuned(
         for place, what in enumerate(WHATS)
     }
     return Tuned(setting=setting, runs=len(pairs) * BLOCK, ratios=ratios)
-
-
-def _in_turn(
-    one: Callable[[], Any], other: Callable[[], Any], pairs: int, max_seconds: float, clock: Clock
-) -> list[tuple[Any, Any]]:
-    """Call two functions in turn, first the one first, then the other."""
-    one(), other()
-    found = []
-    start = clock.now()
-    for number in range(pairs):
-        if number >= PAIRS and clock.now() - start > max_seconds:
-            break
-        if number % 2:
-            second = other()
-            found.append((one(), second))
-        else:
-            found.append((one(), other()))
-    return found
 
 
 def _times(network: Network, x: Any, clock: Clock) -> list[float]:
