@@ -88,6 +88,14 @@ class SlowdownEstimator:
             bisect.insort(self._sorted, ratio)
             del self._sorted[bisect.bisect_left(self._sorted, gone)]
 
+    def answered(self, *, late: bool, exit: int) -> None:
+        """Record whether an answer with a deadline was late, for estimates that learn from that.
+
+        Args:
+            late: whether it was.
+            exit: the exit that answered.
+        """
+
     def forget(self) -> None:
         """Move the estimate a little towards 1.
 

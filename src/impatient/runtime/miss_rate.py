@@ -54,22 +54,12 @@ class LatestRatios(SlowdownEstimator):
             bisect.insort(self._sorted, ratio)
             del self._sorted[bisect.bisect_left(self._sorted, gone)]
 
-    def answered(self, *, late: bool, exit: int) -> None:  # noqa: ARG002  for those that learn
-        """Record whether an answer with a deadline was late.
-
-        Args:
-            late: whether it was.
-            exit: the exit that answered.
-        """
+    # Every answer counts, late or not, from whichever exit.
+    def answered(self, *, late: bool, exit: int) -> None:  # noqa: ARG002
+        """Let those that follow the ratios look at them."""
         with self._lock:
             for renew in self.renewals:
                 renew()
-
-    def forget(self) -> None:
-        """Move the ratios a little towards 1, as for a slow machine that measures nothing new."""
-        with self._lock:
-            self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in self._latest)
-            self._sorted = sorted(self._latest)
 
     def grouped(self) -> tuple[np.ndarray, np.ndarray]:
         """Return means of groups of similar ratios, small groups in the tail, and their shares."""

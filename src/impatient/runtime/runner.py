@@ -171,7 +171,7 @@ class Runner:
 
     def _note(self, answer: Answer, allowed_s: float) -> None:
         self._log.add(answer, allowed_s)
-        if isinstance(self._drift, LatestRatios) and allowed_s < math.inf:
+        if allowed_s < math.inf:
             self._drift.answered(late=not answer.deadline_met, exit=answer.exit)
 
     def run(self, x: Any, *, deadline: Deadlines = NEVER, limits: Limits | None = None) -> Answer:
