@@ -11,8 +11,8 @@ import impatient
 from impatient import cli, ensembling
 from impatient.costs import Cost
 from impatient.engines import network as engine_network
-from impatient.engines.export import WRITTEN
 from impatient.networks import heads
+from impatient.networks.placement import CUT_ENGINES, WRITTEN
 from impatient.policies import costsensitive, gates
 from impatient.recipe import Recipe
 from impatient.verbs import export, fit, select, train
@@ -120,6 +120,7 @@ def test_every_option_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> 
         (fit.GateInputs, get_args(gates.Inputs)),
         (select.Method, get_args(costsensitive.Method)),
         (export.Engine, WRITTEN),
+        (train.CutEngine, ("eager", *CUT_ENGINES)),
         (export.Precision, engine_network.PRECISIONS),
     ],
 )

@@ -43,7 +43,7 @@ from impatient.errors import ExportFailed, RunError, StorageError, TaskError
 from impatient.files import read_json, write_json, write_text
 from impatient.inputs import batch_size_of, evaluating
 from impatient.networks.multi_exit import MultiExitNetwork
-from impatient.networks.placement import ENGINES
+from impatient.networks.placement import ENGINES, WRITTEN
 from impatient.policies.policy import Policy
 from impatient.provenance import dtype_of, machine, provenance
 from impatient.store import from_plain, to_plain
@@ -52,8 +52,6 @@ from impatient.training.preprocess import Preprocess
 
 log = logging.getLogger(__name__)
 
-# Engines whose networks are written to files.
-WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti")
 # Most samples from which ranges for 8 bits are determined: all values of all parts are in memory.
 MOST_CALIBRATION = 512
 BUNDLE = "bundle.json"

@@ -38,9 +38,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 # Share of the total time by which an exit may miss its place. With less, exits would be placed
 # inside blocks whenever the machine is busy.
 _FAR = 0.2
+# Engines whose networks are written to files.
+WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti")
+ENGINES = ("eager", "compile", *WRITTEN)
 # Engines that write every tensor that crosses a cut, and fuse nothing across it.
 CUT_ENGINES = ("compile", "onnxruntime", "openvino", "aoti")
-ENGINES = ("eager", *CUT_ENGINES, "onnxruntime-session", "openvino-session")
 # The place that hands on most bytes is as bad as missing the even place by this share of a stage.
 _PRICE = 0.25
 _SILENT = (

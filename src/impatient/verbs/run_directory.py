@@ -351,7 +351,8 @@ class EngineDirectory(RunDirectory):
         """
         import torch
 
-        from impatient.engines.export import WRITTEN, bundle_file
+        from impatient.engines.export import bundle_file
+        from impatient.networks.placement import WRITTEN
 
         threads = torch.get_num_threads()
         if self.engine_name == "compile":
