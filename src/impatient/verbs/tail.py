@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
@@ -74,7 +75,7 @@ class ExitTail:
     p999_s: float
     max_s: float
     shape: float | None = None
-    bounds_s: dict[str, Estimate]
+    bounds_s: dict[str, Estimate] = field(default_factory=dict)
     late: Estimate | None = None
     counted: Estimate | None = None
     refused: str = ""
@@ -82,15 +83,13 @@ class ExitTail:
 
 def tail(options: TailOptions) -> list[ExitTail]:
     """Measure runs to each exit, in turn, and fit the tails of their times."""
-    import numpy as np
-
-    from impatient.runtime.real_time import RealTime
+    from impatient.runtime.real_time import NAMES, RealTime
     from impatient.runtime.tail import times_to_exits
 
     use_threads(options.threads)
     run = RunDirectory(options.directory, trust=options.trust).engine(options.engine)
     network, _ = run.network()
-    with RealTime() if options.real_time else RealTime(()) as settings, settings.quiet:
+    with RealTime(NAMES if options.real_time else ()) as settings, settings.quiet:
         times_s = times_to_exits(
             network,
             run.spec().example(),
@@ -98,41 +97,30 @@ def tail(options: TailOptions) -> list[ExitTail]:
             pause_s=options.pause_s or 0.0,
             progress=not options.quiet,
         )
-    return [_of_exit(exit, np.asarray(row), options.deadline_s) for exit, row in enumerate(times_s)]
+    return [_of_exit(exit, row, options.deadline_s) for exit, row in enumerate(times_s)]
 
 
 def _of_exit(exit: int, times_s: np.ndarray, deadline_s: float | None) -> ExitTail:
     import numpy as np
 
     from impatient.evaluation.metrics import proportion
-    from impatient.runtime.tail import FURTHEST, fit_tail
+    from impatient.runtime.tail import fit_tail
 
     counted = None
     if deadline_s is not None:
         counted = proportion(int((times_s > deadline_s).sum()), len(times_s))
     p50_s, p999_s, max_s = map(float, np.quantile(times_s, [0.5, 0.999, 1.0], method="higher"))
+    measured = ExitTail(exit=exit, p50_s=p50_s, p999_s=p999_s, max_s=max_s, counted=counted)
     try:
         found = fit_tail(times_s)
     except CostError as reason:
-        return ExitTail(
-            exit=exit,
-            p50_s=p50_s,
-            p999_s=p999_s,
-            max_s=max_s,
-            bounds_s={},
-            counted=counted,
-            refused=str(reason),
-        )
-    seen = [each for each in RARE if each * FURTHEST * len(times_s) >= 1.0]
-    return ExitTail(
-        exit=exit,
-        p50_s=p50_s,
-        p999_s=p999_s,
-        max_s=max_s,
+        return dataclasses.replace(measured, refused=str(reason))
+    seen = [each for each in RARE if each >= found.rarest]
+    return dataclasses.replace(
+        measured,
         shape=found.shape,
         bounds_s={f"{each:g}": found.bound_s(each) for each in seen},
         late=None if deadline_s is None else found.late(deadline_s),
-        counted=counted,
     )
 
 

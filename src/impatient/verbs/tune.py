@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
-
-from tyro.conf import arg
+from typing import TYPE_CHECKING
 
 from impatient.table import Cell, Table
 from impatient.verbs.options import (
@@ -38,7 +36,7 @@ class TuneOptions(VerbOptions):
     """
 
     directory: Directory
-    settings: Annotated[Names, arg(name="settings")] = ()
+    settings: Names = ()
     runs: Positive = 2000
     seconds: Positive = 60
     engine: Engine = "eager"
@@ -63,7 +61,8 @@ def tune(options: TuneOptions) -> list[Tuned]:
     return measured(
         network,
         run.spec().example(),
-        names,  # type: ignore[arg-type]  # checked there
+        # They are checked there.
+        names,  # type: ignore[arg-type]
         runs=options.runs,
         max_seconds=options.seconds,
         progress=not options.quiet,
@@ -72,6 +71,8 @@ def tune(options: TuneOptions) -> list[Tuned]:
 
 def shown(_: TuneOptions, found: Sequence[Tuned]) -> Iterator[Table | str]:
     """Give what became of each setting, what it gained, and what is worth setting."""
+    from impatient.runtime.tuning import QUANTILES
+
     yield Table(
         title="what this system permits",
         columns=("setting", "in force", "what, or why not"),
@@ -86,18 +87,17 @@ def shown(_: TuneOptions, found: Sequence[Tuned]) -> Iterator[Table | str]:
             if each.setting
         ],
     )
-    quantiles = ("p50", "p99", "p99.9")
     yield Table(
         title="time with the setting over time without it (95 % interval); empty where the runs "
         "are too few",
-        columns=("setting", "what", "runs", *quantiles),
+        columns=("setting", "what", "runs", *QUANTILES),
         left=2,
         rows=[
             (
                 each.setting.name if each.setting else "nothing (A/A)",
                 what,
                 str(each.runs),
-                *(_said(ratios[name]) if name in ratios else "" for name in quantiles),
+                *(_said(ratios[name]) if name in ratios else "" for name in QUANTILES),
             )
             for each in found
             for what, ratios in each.ratios.items()
