@@ -59,7 +59,13 @@ class BoundPart:
         `cancel` may be called from any thread, everything else from one thread at a time.
     """
 
-    outputs: tuple[Array, ...]
+    def __init__(
+        self, part: EnginePart, inputs: Sequence[Array], outputs: tuple[Array, ...]
+    ) -> None:
+        self.outputs = outputs
+        self._part = part
+        # The engine reads this memory.
+        self._inputs = inputs
 
     def __call__(self, *fresh: Array) -> None:
         """Compute the outputs.
@@ -107,8 +113,12 @@ class EnginePart(EngineFile, CancellablePart):
         """
         raise NotImplementedError
 
-    def _failed(self, error: Exception, inputs: Sequence[Array]) -> BundleError:
-        """Say that the engine could not compute what was given."""
+    def _failed(
+        self, error: Exception, inputs: Sequence[Array], *, cancelled: bool
+    ) -> Cancelled | BundleError:
+        """Say why a call ended early: by `cancel`, or because the engine could not compute it."""
+        if cancelled:
+            return Cancelled("the call was ended by cancel().")
         given = ", ".join(f"{array.dtype.name} {list(array.shape)}" for array in inputs)
         return BundleError(
             f"{self.package} cannot run {self.path} with {given or 'no inputs'}: {error} Give "
@@ -162,13 +172,14 @@ class OnnxRuntimePart(EnginePart):
         import onnxruntime
 
         self._session = onnxruntime_session(path, threads)
-        entries = self._session.get_inputs()
-        self._names = [entry.name for entry in entries]
-        self.takes = [len(entry.shape) for entry in entries]
-        self.gives = [len(entry.shape) for entry in self._session.get_outputs()]
+        inputs = self._session.get_inputs()
+        outputs = self._session.get_outputs()
+        self._names = [entry.name for entry in inputs]
+        self._outputs = [entry.name for entry in outputs]
+        self.takes = [len(entry.shape) for entry in inputs]
+        self.gives = [len(entry.shape) for entry in outputs]
         # Without checks of names, which cannot be wrong here.
         self._run = self._session._sess.run
-        self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._new_options = onnxruntime.RunOptions
         # The options of each thread's call in flight.
         self._options: dict[int, Any] = {}
@@ -183,9 +194,7 @@ class OnnxRuntimePart(EnginePart):
             given = dict(zip(self._names, inputs, strict=True))
             return tuple(self._run(self._outputs, given, options))
         except Exception as error:
-            if options.terminate:
-                raise Cancelled("the call was ended by cancel().") from error
-            raise self._failed(error, inputs) from error
+            raise self._failed(error, inputs, cancelled=options.terminate) from error
         finally:
             del self._options[number]
 
@@ -217,14 +226,11 @@ class _OnnxRuntimeBound(BoundPart):
         inputs: Sequence[Array],
         outputs: tuple[Array, ...],
     ) -> None:
-        self.outputs = outputs
-        self._part = part
+        super().__init__(part, inputs, outputs)
         # The public method checks for captured graphs, which takes as long as a small stage.
         self._run = part._session._sess.run_with_iobinding
         self._binding = binding._iobinding
         self._fresh = fresh
-        # The session reads this memory.
-        self._inputs = inputs
         self._new_options = part._new_options
         self._options = part._new_options()
 
@@ -239,9 +245,8 @@ class _OnnxRuntimeBound(BoundPart):
         try:
             self._run(self._binding, self._options)
         except Exception as error:
-            if self._options.terminate:
-                raise Cancelled("the call was ended by cancel().") from error
-            raise self._part._failed(error, [*arrays, *self._inputs]) from error
+            inputs = [*arrays, *self._inputs]
+            raise self._part._failed(error, inputs, cancelled=self._options.terminate) from error
 
     def cancel(self) -> None:
         self._options.terminate = True
@@ -325,9 +330,7 @@ class OpenVinoPart(EnginePart):
                 request.start_async()
                 request.wait()
             except Exception as error:
-                if ended.is_set():
-                    raise Cancelled("the call was ended by cancel().") from error
-                raise self._failed(error, arrays) from error
+                raise self._failed(error, arrays, cancelled=ended.is_set()) from error
 
     def _output(self, loan: _Loan, index: int, inputs: Sequence[Array]) -> Array:
         array: Array = loan.request.get_output_tensor(index).data
@@ -356,13 +359,10 @@ class _OpenVinoBound(BoundPart):
         inputs: Sequence[Array],
         outputs: tuple[Array, ...],
     ) -> None:
-        self.outputs = outputs
-        self._part = part
+        super().__init__(part, inputs, outputs)
         self._request = request
         self._tensor = part._tensor
         self._fresh = fresh
-        # The request reads this memory.
-        self._inputs = inputs
         self._ended = False
 
     def __call__(self, *fresh: Array) -> None:
@@ -376,9 +376,8 @@ class _OpenVinoBound(BoundPart):
             self._request.start_async()
             self._request.wait()
         except Exception as error:
-            if self._ended:
-                raise Cancelled("the call was ended by cancel().") from error
-            raise self._part._failed(error, [*arrays, *self._inputs]) from error
+            inputs = [*arrays, *self._inputs]
+            raise self._part._failed(error, inputs, cancelled=self._ended) from error
 
     def cancel(self) -> None:
         self._ended = True
