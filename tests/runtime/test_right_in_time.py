@@ -95,7 +95,7 @@ def rule(accuracy: object) -> RightInTime:
 
 def test_deeper_exits_that_are_no_better_are_not_run() -> None:
     found = rule([0.8, 0.7, 0.75])
-    assert not any(found.fits(exit, 0.0, left_s, 0.0) for exit in (1,) for left_s in (0.5, 9.0))
+    assert not any(found.fits(1, 0.0, left_s, 0.0) for left_s in (0.5, 9.0))
     # but from the second the third is better, where it fits
     assert found.fits(2, 0.0, 1.5, 0.0)
     assert not found.fits(2, 0.0, 0.9, 0.0)
