@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from impatient.errors import CostError
-from impatient.table import Cell, Table, in_ms
+from impatient.table import Cell, Table, in_ms, percent
 from impatient.verbs.options import (
     Directory,
     Engine,
@@ -166,7 +166,5 @@ def shown(options: TailOptions, found: Sequence[ExitTail]) -> Iterator[Table | s
 
 
 def _share(counted: Estimate) -> Cell:
-    return Cell(
-        f"{100 * counted.value:.2f} %",
-        detail=f"{100 * counted.low:.2f} to {100 * counted.high:.2f} %",
-    )
+    low, high = (percent(share, 2) for share in (counted.low, counted.high))
+    return Cell(percent(counted.value, 2), detail=f"{low} to {high}")
