@@ -7,7 +7,7 @@ from fakes import FakeNetwork, X
 from impatient.clock import SYSTEM_CLOCK, FakeClock
 from impatient.errors import CostError, RunError
 from impatient.runtime.real_time import Setting
-from impatient.runtime.tuning import BLOCK, Ratio, Tuned, _ratio, _ratios, tune
+from impatient.runtime.tuning import BLOCK, PAIRS, Ratio, Tuned, _ratio, _ratios, tune
 
 GC = Setting(name="gc", done=True, note="")
 
@@ -53,6 +53,13 @@ def test_every_setting_is_measured_beside_a_control() -> None:
     assert governor.ratios == {}
     # warm-up and two pairs of blocks, for the control and for gc
     assert network.ran.count("head 1") == 2 * 3 * 2 * BLOCK
+
+
+def test_a_setting_that_takes_too_long_is_measured_in_the_fewest_pairs() -> None:
+    clock = FakeClock()
+    network = FakeNetwork(clock, [1.0, 1.0])
+    (control,) = tune(network, X, [], runs=100 * BLOCK, max_seconds=1.0, clock=clock)
+    assert control.runs == PAIRS * BLOCK
 
 
 def test_no_run_and_no_setting_of_a_name_are_refused() -> None:
