@@ -1,5 +1,6 @@
 """Stages in memory that is bound to them once: answers stay, runs do not disturb each other."""
 
+import functools
 import gc
 import json
 import threading
@@ -268,7 +269,7 @@ def test_a_bound_stage_is_cancelled_and_the_run_goes_on(engine: str, long_stage:
     # not bound yet, then bound
     for _ in range(2):
         run = network([x])
-        assert isinstance(ended(lambda run=run: next(run), run.cancel), Cancelled)  # type: ignore[misc]
+        assert isinstance(ended(functools.partial(next, run), run.cancel), Cancelled)
         np.testing.assert_allclose(next(run).output(), wanted, atol=1e-5)
         # nothing is in flight, so nothing happens, to this run and to the next one
         run.cancel()
