@@ -14,7 +14,7 @@ import pytest
 from impatient.portable import ENGINES, Bundle, BundleError, Cancelled, Wiring
 from impatient.portable import bound as bound_module
 from impatient.portable.bound import BoundRun, BoundStaged
-from onnx_parts import X, description, node, truth, write_onnx, write_parts
+from onnx_parts import X, description, node, truth, wide, write_onnx, write_parts, write_wide
 
 pytestmark = pytest.mark.engine
 
@@ -221,17 +221,7 @@ def test_an_input_of_another_dtype_is_refused_each_time(directory: Path) -> None
 @pytest.fixture(scope="module")
 def long_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "long.onnx"
-    width = 512
-    weights = np.random.default_rng(0).normal(size=(width, width)) / 12.0
-    nodes = []
-    for layer in range(100):
-        nodes += [
-            node("MatMul", f"t{layer} w", f"m{layer}"),
-            node("Tanh", f"m{layer}", f"t{layer + 1}"),
-        ]
-    shape = ["b", width]
-    given = {"w": weights.astype(np.float32)}
-    write_onnx(path, nodes, {"t0": shape}, {"t100": shape}, given)
+    write_wide(path, 100)
     return path
 
 
@@ -264,7 +254,7 @@ def test_a_bound_stage_is_cancelled_and_the_run_goes_on(engine: str, long_stage:
         batch_dims={"x": 0, "y": 0},
     )
     network = BoundStaged(wiring, [part], [None])
-    x = np.random.default_rng(1).normal(size=(64, 512)).astype(np.float32)
+    x = wide(64, 1)
     wanted = part.one(x)
     # not bound yet, then bound
     for _ in range(2):

@@ -50,7 +50,16 @@ from impatient.portable.description import write
 from impatient.portable.staged import CancellablePart, Exit
 from impatient.portable.thresholds import Scores, probabilities
 from impatient.provenance import machine
-from onnx_parts import CLASSES, RANDOM, X, description, node, truth, write_onnx, write_parts
+from onnx_parts import (
+    CLASSES,
+    WIDE,
+    X,
+    description,
+    truth,
+    wide,
+    write_parts,
+    write_wide,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -188,26 +197,6 @@ def test_arrays_in_odd_memory_are_taken(export: Export, engine: str):
     for x in (np.asfortranarray(X), np.repeat(X, 2, axis=0)[::2], locked, X.astype(">f4")):
         assert_close(bundle.whole(x), truth(X)[-1])
     np.testing.assert_array_equal(locked, X)
-
-
-def write_wide(path: Path, layers: int = 1) -> None:
-    """A part that takes a while (layers times 256 x 512 x 512 at 256 rows), with large outputs:
-    tanh of x times w, repeated.
-    """
-    nodes = []
-    for layer in range(layers):
-        nodes += [
-            node("MatMul", f"t{layer} w", f"m{layer}"),
-            node("Tanh", f"m{layer}", f"t{layer + 1}"),
-        ]
-    write_onnx(path, nodes, {"t0": ["b", 512]}, {f"t{layers}": ["b", 512]}, {"w": WIDE})
-
-
-WIDE = (RANDOM.normal(size=(512, 512)) / 12.0).astype(np.float32)
-
-
-def wide(count: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).normal(size=(count, 512)).astype(np.float32)
 
 
 @BOTH

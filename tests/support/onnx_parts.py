@@ -22,6 +22,7 @@ W = {
     }.items()
 }
 X = RANDOM.normal(size=(4, 6)).astype(np.float32)
+WIDE = (RANDOM.normal(size=(512, 512)) / 12.0).astype(np.float32)
 
 
 def truth(x: Any) -> list[Any]:
@@ -57,6 +58,23 @@ def write_onnx(
 
 def node(kind: str, takes: str, gives: str, **options: Any) -> Any:
     return helper.make_node(kind, takes.split(), gives.split(), **options)
+
+
+def write_wide(path: Path, layers: int = 1) -> None:
+    """A part that takes a while (layers times 256 x 512 x 512 at 256 rows), with large outputs:
+    tanh of x times w, repeated.
+    """
+    nodes = []
+    for layer in range(layers):
+        nodes += [
+            node("MatMul", f"t{layer} w", f"m{layer}"),
+            node("Tanh", f"m{layer}", f"t{layer + 1}"),
+        ]
+    write_onnx(path, nodes, {"t0": ["b", 512]}, {f"t{layers}": ["b", 512]}, {"w": WIDE})
+
+
+def wide(count: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=(count, 512)).astype(np.float32)
 
 
 FIRST = [node("MatMul", "x a", "xa"), node("Tanh", "xa", "h"), node("MatMul", "x b", "xb")]
