@@ -3,9 +3,7 @@
 import asyncio
 import copy
 import multiprocessing
-import os
 import pickle
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import impatient
+from forks import in_children
 from impatient import Deadline, Runner
 from impatient.costs import CostProfile
 from impatient.errors import NetworkError, RunError
@@ -48,24 +47,6 @@ def network() -> MultiExitNetwork:
 @pytest.fixture(scope="module")
 def costs(network: MultiExitNetwork) -> CostProfile:
     return impatient.profile(network, X, batch_sizes=(1, 2), repeats=5, warm_up=1)
-
-
-def in_children(count: int, job: Callable[[], bool]) -> list[int]:
-    """Exit codes of children that are forked at once: 0 if the job says so, -14 if it hangs."""
-    children = []
-    for _ in range(count):
-        child = os.fork()
-        if child == 0:
-            # the handler of pytest-timeout would go on in the child
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(60)
-            code = 2
-            try:
-                code = 0 if job() else 1
-            finally:
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 # --- other processes ------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Runs as people begin them: empty, in training mode, with one column, in a forked process."""
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import impatient
+from forks import in_children
 from impatient import Recipe, Runner
 from impatient.costs import CostProfile
 from impatient.errors import (
@@ -183,19 +182,6 @@ def test_an_exit_inside_a_checkpoint_trains_the_block_or_is_refused(reentrant: b
 # --- forks ----------------------------------------------------------------------------------------
 
 
-def in_a_child(job: Callable[[], bool]) -> int:
-    """Exit code of a forked child: 0 if the job says so, that of an alarm if it hangs."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        code = 2
-        try:
-            code = 0 if job() else 1
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 
 
@@ -203,7 +189,7 @@ def test_a_forked_process_starts_runs_of_its_own() -> None:
     network = toy().eval()
     with Runner(network, costs_of(network)) as runner:
         wanted = runner.start(X).result().output
-        assert in_a_child(lambda: torch.equal(runner.start(X).result().output, wanted)) == 0
+        assert in_children(1, lambda: torch.equal(runner.start(X).result().output, wanted)) == [0]
         # and the parent goes on
         assert torch.equal(runner.start(X).result().output, wanted)
 
@@ -219,5 +205,5 @@ def test_a_run_of_the_parent_is_refused_in_a_child() -> None:
             run.close()
             return True
 
-        assert in_a_child(refused) == 0
+        assert in_children(1, refused) == [0]
         assert run.result().exit is not None
