@@ -116,8 +116,8 @@ VERBS = {
     "describe": Verb(describe.DescribeOptions, describe.describe, describe.shown, kept=AS_BEFORE),
     "export": Verb(export.ExportOptions, export.export, export.shown),
     "compare": Verb(compare.CompareOptions, compare.compare, compare.shown, kept=AS_BEFORE),
-    "tail": Verb(tail.TailOptions, tail.tail, tail.shown),
-    "tune": Verb(tune.TuneOptions, tune.tune, tune.shown),
+    "tail": Verb(tail.TailOptions, tail.tail, tail.shown, kept=AS_BEFORE),
+    "tune": Verb(tune.TuneOptions, tune.tune, tune.shown, kept=AS_BEFORE),
     "recalibrate": Verb(
         recalibrate.RecalibrateOptions,
         recalibrate.recalibrate,

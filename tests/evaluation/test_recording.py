@@ -1,5 +1,6 @@
 """Recordings: what the network gave, with features and labels, checked and kept."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -268,3 +269,10 @@ def test_outputs_that_are_no_numbers_are_refused_wherever_they_are(wrong: float)
     outputs[1, 4, 2] = wrong
     with pytest.raises(RecordingError, match="NaN or infinite"):
         Recording.of(outputs, torch.zeros(5, dtype=torch.long), split="test")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "float16", "float64"])
+def test_logits_of_any_real_type_are_taken_in(dtype: str) -> None:
+    outputs = np.array([[[1, 0, 3]], [[0, 9, 2]]], dtype)
+    made = Recording.of(outputs, torch.tensor([2]), split="test")
+    assert torch.equal(made.logits(), torch.from_numpy(outputs).float())

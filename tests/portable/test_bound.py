@@ -179,6 +179,16 @@ def test_shapes_that_are_kept_are_few(bundle: Bundle) -> None:
     assert len(parts._idle) == bound_module.MOST_SHAPES
 
 
+def test_shapes_that_are_given_up_are_few(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound_module, "LARGEST", 0)
+    parts = bundle.parts
+    assert isinstance(parts, BoundStaged)
+    for count in range(1, bound_module.MOST_SHAPES + 5):
+        x = np.repeat(X, 6, axis=0)[:count]
+        assert_right([exit.output() for exit in bundle.exits(x)], x)
+    assert len(parts.too_large) == bound_module.MOST_SHAPES
+
+
 def test_inputs_in_odd_memory_are_taken(bundle: Bundle) -> None:
     locked = X.copy()
     locked.flags.writeable = False

@@ -24,20 +24,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def threads() -> list[int]:
-    return [int(path.name) for path in Path("/proc/self/task").iterdir()]
-
-
 def slack_ns() -> int:
     return int(real_time._libc().prctl(real_time._PR_GET_TIMERSLACK, 0, 0, 0, 0))
 
 
-# what shows each setting from outside, for the threads that there are
+def kinds(ask: Callable[[int], object]) -> set[object]:
+    """What threads have: those of engines that earlier tests used come and go at any time."""
+    return set(real_time._of_threads(ask).values())
+
+
+# what shows each setting from outside
 STATES: dict[Name, Callable[[], object]] = {
-    "priority": lambda: [
-        (os.sched_getscheduler(each), os.getpriority(os.PRIO_PROCESS, each)) for each in threads()
-    ],
-    "affinity": lambda: [os.sched_getaffinity(each) for each in threads()],
+    "priority": lambda: kinds(
+        lambda each: (os.sched_getscheduler(each), os.getpriority(os.PRIO_PROCESS, each))
+    ),
+    "affinity": lambda: kinds(lambda each: tuple(sorted(os.sched_getaffinity(each)))),
     "memory": lambda: real_time._locked_kb() > 0,
     "gc": lambda: gc.get_freeze_count() > 0,
     "timer": slack_ns,
@@ -80,10 +81,10 @@ def test_threads_that_come_and_go_meanwhile_are_served_alike() -> None:
     usual = os.sched_getscheduler(0)
     with RealTime(["priority"]) as settings:
         waiting[1].start()
-        kinds = {os.sched_getscheduler(thread) for thread in threads()}
+        found = kinds(os.sched_getscheduler)
         if settings.settings[0].note.startswith("SCHED_FIFO"):
-            assert kinds == {os.SCHED_FIFO}
-    assert {os.sched_getscheduler(thread) for thread in threads()} == {usual}
+            assert found == {os.SCHED_FIFO}
+    assert kinds(os.sched_getscheduler) == {usual}
     done.set()
     for thread in waiting:
         thread.join()
@@ -96,6 +97,25 @@ def test_the_last_user_undoes() -> None:
             inner.close()
         assert gc.get_freeze_count()
     assert not gc.get_freeze_count()
+
+
+def test_a_runner_that_was_dropped_is_undone_by_the_collector_while_another_is_made() -> None:
+    class Holder:
+        """Whatever refers to itself is ended by the collector alone."""
+
+        def __init__(self) -> None:
+            self.me = self
+            self.runner = runner_of(FakeNetwork(FakeClock(), [1.0]), real_time=["timer"])
+
+    gc.collect()
+    gc.disable()
+    try:
+        Holder()
+        assert "timer" in real_time._IN_FORCE
+        with RealTime(["gc"]):
+            assert "timer" not in real_time._IN_FORCE
+    finally:
+        gc.enable()
 
 
 def refuse(*_: object) -> None:

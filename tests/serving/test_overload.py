@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import threading
@@ -16,7 +17,14 @@ from asking import HEAD, all_from, ask, body_of, connected, infer, reply_from
 from fakes import wait_until
 from impatient.clock import FakeClock
 from impatient.errors import BadRequest
-from impatient.serving.connections import UNREAD_LAST, Guard, is_whole, listening_socket
+from impatient.serving.connections import (
+    MOST_FILES,
+    UNREAD_LAST,
+    Guard,
+    is_whole,
+    listening_socket,
+    most_files,
+)
 from impatient.serving.heartbeat import BEAT_S, IN_A_ROW, Heartbeat
 from impatient.serving.json_reader import JsonReader
 from impatient.serving.protocol import INLINE_JSON, binary_request, read_request
@@ -124,40 +132,31 @@ def test_one_whole_request_is_told_from_everything_else(data, whole) -> None:
     assert is_whole(data) == whole
 
 
-def test_a_loop_that_is_behind_refuses_unread_and_still_tells_its_health() -> None:
-    hogging = threading.Event()
-    hogging.set()
-
-    def hog(loop: asyncio.AbstractEventLoop) -> None:
-        time.sleep(0.06)
-        if hogging.is_set():
-            loop.call_later(0.001, hog, loop)
-
-    with serving(Gated(), default_s=0.05) as (service, port):
-        loop = service._loop
-        loop.call_soon_threadsafe(hog, loop)
+def test_a_loop_that_is_behind_refuses_unread_and_still_tells_its_health(monkeypatch) -> None:
+    behind = threading.Event()
+    # when a loop is behind is tested on its own: here it is so at every moment
+    monkeypatch.setattr(Heartbeat, "behind", lambda _, bound_s: behind.is_set() and bound_s > 0.0)
+    with serving(Gated()) as (service, port):
+        service._loop.call_soon_threadsafe(time.sleep, 0.06)
+        behind.set()
         body = body_of([1, 2, 3, 4], timeout=9_000_000)
-
-        def refused() -> bool:
-            # at other moments the loop is in time, and waits for the body in vain
-            reply = first_part(port, HEAD % len(body))
-            return b" 503 " in reply and b"retry-after: 1" in reply and b"more requests" in reply
-
-        wait_until(refused)
+        with connected(port, HEAD % len(body)) as caller:
+            status, headers, reply = reply_from(caller)
+        assert status == 503
+        assert headers[b"retry-after"] == b"1"
+        assert b"more requests" in reply
         # a whole request is refused on a connection that stays open
         with connected(port) as caller:
-
-            def refused_again() -> bool:
+            for _ in range(2):
                 caller.sendall(HEAD % len(body) + body)
                 status, headers, _ = reply_from(caller)
-                return status == 503 and b"connection" not in headers
-
-            wait_until(refused_again)
+                assert status == 503
+                assert b"connection" not in headers
         status, _headers, told = ask(port, "/v2/health/ready")
         assert status == 200
         assert json.loads(told)["worst_loop_lag_ms"] > 25
-        hogging.clear()
-        wait_until(lambda: infer(port, timeout=9_000_000)[0] == 200)
+        behind.clear()
+        assert infer(port, timeout=9_000_000)[0] == 200
         text = ask(port, "/metrics")[2].decode()
         assert "impatient_worst_loop_lag_seconds 0." in text
 
@@ -284,3 +283,26 @@ def test_under_a_flood_each_request_has_one_reply_and_health_is_told() -> None:
 def test_replies_that_nobody_reads_are_given_up_by_the_system() -> None:
     with listening_socket("127.0.0.1", 0) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "refuses", "most"),
+    [
+        (256, 4096, False, 4096),
+        (4096, 4096, False, 4096),
+        (256, -1, False, MOST_FILES),
+        # as on macOS
+        (256, -1, True, 256),
+        (-1, -1, False, MOST_FILES),
+    ],
+)
+def test_as_many_files_as_the_system_allows(monkeypatch, soft, hard, refuses, most) -> None:
+    def change(_: int, limits: tuple[int, int]) -> None:
+        if refuses:
+            raise ValueError("current limit exceeds maximum limit")
+        assert limits == (most, hard)
+
+    monkeypatch.setattr(resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", change)
+    assert most_files() == most

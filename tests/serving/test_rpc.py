@@ -3,6 +3,8 @@
 import asyncio
 import queue
 import threading
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -13,6 +15,7 @@ from tritonclient.grpc import aio, service_pb2
 from tritonclient.utils import InferenceServerException
 
 from impatient.serving import messages
+from impatient.serving.rpc import AT_ONCE, Rpc
 from served import Gated, serving_both
 
 VALUES = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -94,6 +97,26 @@ def test_a_stream_ends_when_our_own_code_fails(shared, monkeypatch) -> None:
         result, error = replies.get(timeout=10)
     assert result is None
     assert error is not None
+
+
+def test_a_caller_that_reads_nothing_and_leaves_is_forgotten(shared) -> None:
+    service, _, _ = shared
+    context = SimpleNamespace(invocation_metadata=tuple)
+
+    async def requests() -> AsyncIterator[bytes]:
+        for _ in range(3 * AT_ONCE):
+            yield b"no message"
+
+    async def leave() -> set[asyncio.Task]:
+        stream = Rpc(service, host="127.0.0.1", port=0)._stream(requests(), context)
+        reply = await anext(stream)
+        assert reply.error_message
+        for _ in range(10 * AT_ONCE):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(stream.aclose(), 10)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert not asyncio.run(leave())
 
 
 def test_many_asyncio_callers_get_their_own_answers(shared) -> None:

@@ -189,6 +189,7 @@ def test_a_token_is_asked_for() -> None:
         ("/v2/models/net/infer", b"{", {}, 400, "not JSON"),
         ("/v2/models/net/infer", b"[" * 5000, {}, 400, "not JSON"),
         ("/v2/models/net/infer", b'{"inputs": [NaN]}', {}, 400, "finite"),
+        ("/v2/models/net/infer", b'{"inputs": ["input"]}', {}, 400, "an input is a str"),
         ("/v2/models/net/infer", b"{}", {"content-encoding": "gzip"}, 415, "as it is"),
         ("/v2/models/net/infer", b"x" * 5000, {"inference-header-content-length": "6000"}, 400, ""),
         ("/v2/models/net/infer", b"x", {"inference-header-content-length": "-1"}, 400, "bytes"),

@@ -206,6 +206,7 @@ def test_agreement_is_that_of_what_was_found() -> None:
 @pytest.mark.parametrize(
     ("output", "target", "message"),
     [
+        (torch.zeros(1, 3, 5), truth(), "logits of 1 columns, one of which is no object"),
         (torch.zeros(1, 4), truth(), r"shape \(1, 4\); expected \[B, Q, C \+ 1 \+ 4\]"),
         ({"logits": torch.zeros(1, 4, 3)}, truth(), r"expected logits \[B, Q, C \+ 1\] and"),
         (answer((0, 0.9, LEFT)), torch.zeros(1, 2, 4), r"\(1, 2, 4\); expected \[B, M, 5\]"),

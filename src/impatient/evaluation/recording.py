@@ -484,4 +484,4 @@ def _as_tensors(value: Any) -> Any:
 
 
 def _as_recorded(leaf: Tensor) -> Tensor:
-    return leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()
+    return leaf.cpu() if leaf.is_complex() else leaf.float().cpu()

@@ -68,6 +68,14 @@ class BoundStaged(Staged):
             lane = Lane(self, shapes)
         return BoundRun(self, inputs, Loan(lane, idle))
 
+    def give_up(self, shapes: Any) -> None:
+        """Give runs of inputs of some shapes memory of their own from now on."""
+        with self._lock:
+            if shapes not in self.too_large and len(self.too_large) >= MOST_SHAPES:
+                self.too_large.pop()
+            self.too_large.add(shapes)
+            self._idle.pop(shapes, None)
+
     def _idle_for(self, shapes: Any) -> collections.deque[Lane]:
         with self._lock:
             while len(self._idle) >= MOST_SHAPES:
@@ -102,7 +110,7 @@ class Lane:
         self.values.update(zip(network.wiring.gives[index], bound.outputs, strict=True))
         self.nbytes += sum(array.nbytes for array in bound.outputs)
         if self.nbytes > LARGEST:
-            network.too_large.add(self._shapes)
+            network.give_up(self._shapes)
         self.stages[index] = bound
 
     def features(self, index: int) -> Array:

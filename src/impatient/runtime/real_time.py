@@ -95,6 +95,9 @@ class RealTime:
         for name in names:
             checks.one_of(RunError, Name, real_time=name)
         self._names = tuple(dict.fromkeys(names))
+        if "gc" in self._names:
+            # Before the lock is taken: what is collected may be another of these, which takes it.
+            gc.collect()
         self.settings = tuple(_join(name) for name in self._names)
         self._closed = False
 
@@ -133,7 +136,7 @@ _IN_FORCE: dict[Name, _InForce] = {}
 
 def _join(name: Name) -> Setting:
     """Make a setting, unless it is in force."""
-    with _LOCK:
+    with _NO_GC, _LOCK:
         if name in _IN_FORCE:
             _IN_FORCE[name].users += 1
         else:
@@ -142,7 +145,7 @@ def _join(name: Name) -> Setting:
 
 
 def _leave(name: Name) -> None:
-    with _LOCK:
+    with _NO_GC, _LOCK:
         _IN_FORCE[name].users -= 1
         if not _IN_FORCE[name].users:
             _IN_FORCE.pop(name).undo.close()
@@ -237,7 +240,6 @@ def _gc(undo: _Undo) -> str:
     """Keep what exists now out of all later collections."""
     if gc.get_freeze_count():
         return "was frozen already; off during runs"
-    gc.collect()
     gc.freeze()
     undo.callback(gc.unfreeze)
     return f"{gc.get_freeze_count()} objects frozen; off during runs"
@@ -321,7 +323,8 @@ class _NoGc(contextlib.AbstractContextManager[None]):
     """A context in which no garbage is collected; threads may be in it at the same time."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Garbage that is collected while it is held may enter this context, too.
+        self._lock = threading.RLock()
         self._inside = 0
         self._was_on = False
 

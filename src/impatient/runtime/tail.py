@@ -266,7 +266,9 @@ def times_to_exits(
     ways = [functools.partial(timed, index) for index in range(network.num_exits)]
     with evaluating(network), torch.inference_mode():
         rounds = interleaved(ways, repeats=runs, warm_up=20)
-        shown = tracked(rounds, "measuring runs", total=runs, unit="rounds", wanted=progress)
+        shown = tracked(
+            rounds, "measuring runs", total=runs, unit="rounds", wanted=progress, between=True
+        )
         return np.array(list(shown)).T
 
 

@@ -108,10 +108,10 @@ def tune(
     checks.at_least(CostError, 1, runs=runs)
     asked: list[tuple[Name, ...]] = [(), *((name,) for name in names)]
     found = []
-    with evaluating(network), torch.inference_mode(), display(progress) as bar:
+    with evaluating(network), torch.inference_mode(), display(progress, between=True) as bar:
         task = bar.add_task("measuring settings", total=len(asked), unit="settings", note="")
         for some in asked:
-            bar.update(task, note=some[0] if some else "nothing")
+            bar.update(task, note=some[0] if some else "nothing", refresh=True)
             found.append(_tuned(network, x, some, runs, max_seconds, clock))
             bar.advance(task)
     return found

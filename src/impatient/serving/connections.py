@@ -32,6 +32,8 @@ LINGER_S = 1.0
 BACKLOG = 128
 # Files that are kept for other things than connections.
 OTHER_FILES = 100
+# files that a process may open where the system sets no limit
+MOST_FILES = 2**20
 
 
 def _unread(*headers: str) -> bytes:
@@ -166,11 +168,18 @@ def most_files() -> int:
         import resource
     except ImportError:
         # Windows has no such limit.
-        return 2**20
+        return MOST_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return 2**20 if hard == resource.RLIM_INFINITY else hard
+    known = MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if most <= known:
+        return known
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (ValueError, OSError):
+        # macOS says that there is no limit, and has one.
+        return known
+    return most
 
 
 class WebServer(uvicorn.Server):

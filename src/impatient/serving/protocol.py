@@ -150,8 +150,8 @@ def read_tensors(tensors: Any, binary: bytes, spec: InputSpec) -> Inputs:
     Raises:
         BadRequest: if they are not that.
     """
-    given = tensors if isinstance(tensors, list) else []
-    names = [one.get("name") if isinstance(one, dict) else one for one in given]
+    given = [_mapping(one, "an input") for one in tensors] if isinstance(tensors, list) else []
+    names = [one.get("name") for one in given]
     wanted = {one.name: one for one in spec.tensors}
     if len(names) != len(wanted) or any(name not in names for name in wanted):
         raise BadRequest(

@@ -219,6 +219,9 @@ class Rpc(Side):
             await reading
         finally:
             reading.cancel()
+            # or those that wait for a place in it would wait for ever
+            while not outbox.empty():
+                outbox.get_nowait()
             await asyncio.wait({reading})
 
     async def _read_all(

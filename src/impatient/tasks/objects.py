@@ -59,12 +59,23 @@ def parts(output: Any) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q 4"]]:
 
 def probabilities(logits: Float[Tensor, "B Q D"], sigmoid: bool) -> Float[Tensor, "B Q C"]:
     """Compute how likely each class is, that of no object left out."""
-    return logits.sigmoid() if sigmoid else logits.softmax(-1)[..., :-1]
+    classes = classes_of(logits, sigmoid)
+    return logits.sigmoid() if sigmoid else logits.softmax(-1)[..., :classes]
 
 
 def classes_of(logits: Float[Tensor, "B Q D"], sigmoid: bool) -> int:
-    """Count the classes that logits are of, that of no object left out."""
-    return logits.shape[2] if sigmoid else logits.shape[2] - 1
+    """Count the classes that logits are of, that of no object left out.
+
+    Raises:
+        TaskError: if there are none.
+    """
+    classes = logits.shape[2] if sigmoid else logits.shape[2] - 1
+    if classes < 1:
+        raise TaskError(
+            f"logits of {logits.shape[2]} columns, one of which is no object; expected a column "
+            "for each class beside it. If there is no such column, say detection:sigmoid=1."
+        )
+    return classes
 
 
 def packed(output: Any) -> Float[Tensor, "B Q D"]:
