@@ -177,7 +177,7 @@ def simulated(
     case: Case,
     test: tuple[np.ndarray, np.ndarray],
     *,
-    extra_s: float = 0.0,
+    slowdown: float = 1.0,
     reserve_s: float = 0.0,
 ) -> Simulation:
     """Serve a case by a rule in virtual time.
@@ -187,13 +187,13 @@ def simulated(
         name: the rule's name.
         case: the requests.
         test: quality and scores of the test split, [K, N] each.
-        extra_s: seconds that each work takes beyond its stages and head.
+        slowdown: how many times as long as its stages and head a work takes.
         reserve_s: time kept before every deadline.
     """
     rng = np.random.default_rng(case.seed)
 
     def true_s(work: Work, rows: int) -> float:
-        return model.work_s(work.first, work.last, rows) * rng.gamma(100.0, 0.01) + extra_s
+        return model.work_s(work.first, work.last, rows) * rng.gamma(100.0, 0.01) * slowdown
 
     quality, scores = test
     return simulate(
