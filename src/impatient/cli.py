@@ -64,19 +64,19 @@ class Verb(NamedTuple):
     Attributes:
         options: Its options.
         work: What it does.
+        kept: What Ctrl-C leaves.
         shown: What is printed of the result.
         plain: What becomes JSON of the result.
         then: What is done once the result is printed.
-        kept: What Ctrl-C leaves.
         spares_a_core: Whether it leaves a core to the rest of the machine; training does not.
     """
 
     options: type[VerbOptions]
     work: Callable[[Any], Any]
+    kept: str
     shown: Callable[[Any, Any], Iterable[Table | str]] = lambda _options, _result: ()
     plain: Callable[[Any], Any] = lambda result: result
     then: Callable[[Any], None] = lambda _options: None
-    kept: str = "what was finished is kept. Run the same command again to go on."
     spares_a_core: bool = True
 
 
@@ -85,61 +85,84 @@ VERBS = {
     "train": Verb(
         train.TrainOptions,
         train.train,
-        kept="the checkpoint is kept, with every batch until it. Run the same command again to "
-        "go on from there.",
+        "the checkpoint is kept, with every batch until it. Run the same command again to go on "
+        "from there.",
         spares_a_core=False,
     ),
     "profile": Verb(
         profile.ProfileOptions,
         profile.profile,
+        "profiles that were finished, and those from before, are kept; half a measurement is not.",
         profile.shown,
-        kept="profiles that were finished, and those from before, are kept; half a measurement "
-        "is not.",
     ),
     "record": Verb(
         record.RecordOptions,
         record.record,
-        kept="splits that were finished, and recordings from before, are kept. Run the same "
-        "command again for the others.",
+        "splits that were finished, and recordings from before, are kept. Run the same command "
+        "again for the others.",
     ),
-    "fit": Verb(fit.FitOptions, fit.fit, fit.shown, kept=AS_BEFORE),
-    "evaluate": Verb(evaluate.EvaluateOptions, evaluate.evaluate, evaluate.shown, kept=AS_BEFORE),
-    "report": Verb(report.ReportOptions, report.report, kept=AS_BEFORE),
+    "fit": Verb(fit.FitOptions, fit.fit, AS_BEFORE, fit.shown),
+    "evaluate": Verb(evaluate.EvaluateOptions, evaluate.evaluate, AS_BEFORE, evaluate.shown),
+    "report": Verb(report.ReportOptions, report.report, AS_BEFORE),
     "run": Verb(
         run.RunOptions,
         run.run,
+        "pictures of answers that were written are kept. Run the same command again.",
         run.shown,
         run.plain,
-        kept="pictures of answers that were written are kept. Run the same command again.",
     ),
-    "show": Verb(show.ShowOptions, show.show, show.shown, kept=AS_BEFORE),
-    "describe": Verb(describe.DescribeOptions, describe.describe, describe.shown, kept=AS_BEFORE),
-    "export": Verb(export.ExportOptions, export.export, export.shown),
-    "compare": Verb(compare.CompareOptions, compare.compare, compare.shown, kept=AS_BEFORE),
-    "tail": Verb(tail.TailOptions, tail.tail, tail.shown, kept=AS_BEFORE),
-    "tune": Verb(tune.TuneOptions, tune.tune, tune.shown, kept=AS_BEFORE),
+    "show": Verb(show.ShowOptions, show.show, AS_BEFORE, show.shown),
+    "describe": Verb(describe.DescribeOptions, describe.describe, AS_BEFORE, describe.shown),
+    "export": Verb(
+        export.ExportOptions,
+        export.export,
+        "an exported network is kept if it was written whole, without its times; before that, what "
+        "was there. Run the same command again, with --force if --out is written.",
+        export.shown,
+    ),
+    "compare": Verb(compare.CompareOptions, compare.compare, AS_BEFORE, compare.shown),
+    "tail": Verb(tail.TailOptions, tail.tail, AS_BEFORE, tail.shown),
+    "tune": Verb(tune.TuneOptions, tune.tune, AS_BEFORE, tune.shown),
     "recalibrate": Verb(
         recalibrate.RecalibrateOptions,
         recalibrate.recalibrate,
+        "the weights from before are kept, but of a network that was finished. Run the same "
+        "command again.",
         recalibrate.shown,
-        kept="the weights from before are kept. Run the same command again.",
         spares_a_core=False,
     ),
-    "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble),
-    "select": Verb(select.SelectOptions, select.select, select.shown),
-    "serve": Verb(serve.ServeOptions, serve.serve, kept=AS_BEFORE),
+    "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble, AS_BEFORE),
+    "select": Verb(
+        select.SelectOptions,
+        select.select,
+        "steps that were finished are kept: the cascade, its profile, recordings of splits, the "
+        "policy. Run the same command again, without --force, to go on.",
+        select.shown,
+    ),
+    "serve": Verb(serve.ServeOptions, serve.serve, AS_BEFORE),
     "bench-serve": Verb(
         bench_serve.BenchServeOptions,
         bench_serve.bench_serve,
+        AS_BEFORE,
         bench_serve.shown,
-        kept=AS_BEFORE,
         spares_a_core=False,
     ),
-    "plan": Verb(plan.PlanOptions, plan.plan, plan.shown, kept=AS_BEFORE),
+    "plan": Verb(plan.PlanOptions, plan.plan, AS_BEFORE, plan.shown),
     "import": Verb(
-        import_outputs.ImportOptions, import_outputs.import_outputs, import_outputs.shown
+        import_outputs.ImportOptions,
+        import_outputs.import_outputs,
+        AS_BEFORE,
+        import_outputs.shown,
     ),
-    "demo": Verb(demo.DemoOptions, demo.demo, demo.shown, then=demo.then, spares_a_core=False),
+    "demo": Verb(
+        demo.DemoOptions,
+        demo.demo,
+        "steps that were finished are kept, and of the training the checkpoint. Run the same "
+        "command again to go on.",
+        demo.shown,
+        then=demo.then,
+        spares_a_core=False,
+    ),
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +19,8 @@ from rich.progress import (
 from rich.text import Text
 
 Entry = TypeVar("Entry")
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 class SpeedColumn(ProgressColumn):
@@ -32,8 +35,9 @@ class SpeedColumn(ProgressColumn):
         return Text(f"{number} {task.fields.get('unit', 'steps')}/s", style="progress.data.speed")
 
 
-# seconds between two drawings of a display that draws between entries alone
-PAUSE_S = 0.2
+# Seconds between two drawings of a display that draws between entries alone. What is timed after a
+# drawing finds the caches cold, and one in a hundred would make the p99.
+PAUSE_S = 1.0
 
 
 def display(wanted: bool, *, between: bool = False) -> Progress:
@@ -68,7 +72,7 @@ def tracked(
     unit: str,
     wanted: bool,
     between: bool = False,
-) -> Iterator[Entry]:
+) -> Generator[Entry]:
     """Give entries one by one, and show how many have been worked on.
 
     Args:
@@ -88,3 +92,35 @@ def tracked(
             if between and shown.get_time() - drawn_s >= PAUSE_S:
                 shown.refresh()
                 drawn_s = shown.get_time()
+
+
+@contextlib.contextmanager
+def counted(
+    work: Callable[Given, Found], description: str, *, total: int, unit: str, wanted: bool
+) -> Iterator[Callable[Given, Found]]:
+    """Give work that is done again and again, and show how often it was.
+
+    Args:
+        work: what is done.
+        description: what is done by it all.
+        total: how often it is done, at most.
+        unit: what is counted, in plural.
+        wanted: whether anything is shown.
+    """
+    with display(wanted) as shown:
+        task = shown.add_task(description, total=total, unit=unit, note="")
+
+        def counting(*arguments: Given.args, **options: Given.kwargs) -> Found:
+            found = work(*arguments, **options)
+            shown.advance(task)
+            return found
+
+        yield counting
+
+
+@contextlib.contextmanager
+def waiting(description: str, *, wanted: bool) -> Iterator[None]:
+    """Show that one piece of work is being done, of which nobody knows how long it takes."""
+    with display(wanted) as shown:
+        shown.add_task(description, total=None, unit="", note="")
+        yield

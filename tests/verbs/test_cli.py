@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from io import StringIO
 from pathlib import Path
@@ -416,38 +415,6 @@ def test_changed_data_is_noticed(
     assert "has changed" in text
 
 
-STEPS = {
-    "train": "impatient.fit",
-    "profile": "impatient.profile",
-    "record": "impatient.record",
-    "fit": "impatient.fit_thresholds",
-    "evaluate": "impatient.evaluate",
-    "report": "impatient.evaluation.report_html",
-    "run": "impatient.Runner",
-}
-
-
-@pytest.mark.parametrize("verb", STEPS)
-def test_ctrl_c_stops_every_verb_cleanly(
-    call: Call, run_dir: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
-    module, _, name = STEPS[verb].rpartition(".")
-    monkeypatch.setattr(sys.modules[module], name, interrupted)
-    more = {"train": TINY, "profile": ["--force"], "record": ["--force"], "run": [picture]}.get(
-        verb, []
-    )
-    code, text = call(verb, run_dir, *more)
-
-    assert code == 130
-    kept = {"train": "the checkpoint is kept", "record": "splits that were finished"}
-    assert f"stopped; {kept.get(verb, '')}" in text
-    assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == before
-
-
 @pytest.mark.parametrize("verb", ["train", "profile", "record", "fit", "evaluate", "report"])
 def test_a_full_disk_leaves_what_was_there(
     call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
@@ -465,33 +432,6 @@ def test_a_full_disk_leaves_what_was_there(
     assert code == 1
     assert "No space left on device" in text
     assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == before
-
-
-@pytest.mark.slow
-def test_a_real_ctrl_c_while_training_keeps_the_checkpoint_and_resumes(tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "impatient.cli",
-        "train",
-        str(directory),
-        *TINY,
-        "--epochs",
-        "200",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    checkpoint = directory / "checkpoint.safetensors"
-    while not checkpoint.is_file() and process.poll() is None:
-        # another process: its files are all there is to wait for
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-
-    assert process.returncode == 130, errors
-    assert "stopped" in errors
-    assert checkpoint.is_file()
-    assert no_temporary_files(directory)
 
 
 @pytest.mark.slow

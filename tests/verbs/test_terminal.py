@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from command_line import Call
+from command_line import TINY, Call, run_command_line
 from impatient import CostProfile, Evaluation, progress
 from impatient.evaluation import tables
 from impatient.evaluation.report import select_examples
@@ -114,35 +114,83 @@ def test_while_something_is_timed_no_thread_draws(capsys: pytest.CaptureFixture[
         assert threading.active_count() > before
 
 
+def test_work_that_is_done_again_and_again_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.counted(divmod, "dividing", total=3, unit="numbers", wanted=False) as divided:
+        assert [divided(number, 2) for number in (1, 2, 3)] == [(0, 1), (1, 0), (1, 1)]
+    assert capsys.readouterr().err == ""
+
+
 # --- on a real run --------------------------------------------------------------------------------
 
 
 RUN = "the run directory"
+NEW = "a new one"
+BLOCKS = ["--model", "impatient:anytimenet:width=2", "--repeats", 5, "--quiet"]
 RUNS = {
-    "compare": [RUN],
-    "profile": ["--repeats", "20", "--quiet"],
-    "record": ["--quiet"],
-    "fit": ["--max-loss", "3"],
-    "evaluate": [],
-    "report": [],
-    "show": [],
-    "describe": [],
-    "recalibrate": [],
+    "train": [RUN, *TINY],
+    "profile": [RUN, "--repeats", 20, "--quiet"],
+    "record": [RUN, "--quiet"],
+    "fit": [RUN, "--max-loss", 3],
+    "evaluate": [RUN],
+    "report": [RUN],
+    "show": [RUN],
+    "describe": [RUN],
+    "compare": [RUN, RUN],
+    "tune": [RUN, "--settings", "gc", "--runs", 20, "--quiet"],
+    "recalibrate": [RUN, "--quiet"],
+    "ensemble": [NEW, RUN],
+    "plan": BLOCKS,
+    "export": [RUN, "--repeats", 20, "--quiet"],
+    "select": [NEW, RUN, RUN, "--repeats", 20, "--quiet"],
+    "demo": [NEW, "--epochs", 1, "--quiet"],
+}
+LONG = ("export", "select", "demo")
+
+
+SHOWN = {
+    "profile": ("profiling batch size 1", [RUN, "--force", "--repeats", 20]),
+    "record": ("recording test", [RUN, "--force", "--splits", "test"]),
+    "recalibrate": ("recalibrating", [RUN]),
+    "fit": ("fitting gates", [RUN, "--mean-ms", 1000, "--learner", "logistic"]),
+    "evaluate": ("answering", [RUN, "--real", 20]),
+    "plan": ("timing blocks", BLOCKS[:-1]),
 }
 
 
-@pytest.mark.parametrize("verb", RUNS)
-def test_every_verb_prints_json(run_dir: Path, verb: str) -> None:
-    arguments = [str(run_dir) if part == RUN else part for part in (RUN, *RUNS[verb])]
-    result = subprocess.run(
-        [sys.executable, "-m", "impatient", verb, *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    value = json.loads(result.stdout)
+@pytest.mark.parametrize("verb", SHOWN)
+def test_long_verbs_show_their_progress_unless_asked_not_to(
+    call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    # as on a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    description, arguments = SHOWN[verb]
+    command = [run_dir if part == RUN else part for part in arguments]
+    code, text = call(verb, *command)
+    assert code == 0, text
+    assert description in text
+    code, text = call(verb, *command, "--quiet")
+    assert code == 0, text
+    assert description not in text
+
+
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=pytest.mark.slow) if verb in LONG else verb for verb in RUNS]
+)
+def test_every_verb_prints_json(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+) -> None:
+    places = {RUN: run_dir, NEW: tmp_path / "new"}
+    arguments = [places.get(part, part) for part in RUNS[verb]]
+    code = run_command_line(monkeypatch, verb, *arguments, "--json")
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    value = json.loads(printed.out)
+    assert value
     if verb == "evaluate":
         assert {row["name"] for row in value["rows"]} >= {"exit 0", "oracle"}
     if verb == "show":

@@ -18,6 +18,7 @@ from impatient.engines.network import EngineNetwork
 from impatient.errors import ExportFailed, NoEffectWarning
 from impatient.inputs import batch_size_of, call_model, evaluating
 from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.progress import tracked
 from impatient.trees import map_samples
 
 # As a share of the largest output. Rounding in another order gives 1e-6, a wrong graph far more.
@@ -163,6 +164,7 @@ def engine_times(
     x: Any,
     *,
     repeats: int = 300,
+    progress: bool = False,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[EngineTimes, ...]:
     """Measure a network in torch and in another engine by turns.
@@ -175,11 +177,21 @@ def engine_times(
         agreement: differences of the outputs from `differences`, reported beside the times.
         x: one input.
         repeats: number of measured runs.
+        progress: whether to show a progress bar.
         clock: clock to measure with.
     """
     runs = [functools.partial(_times_of_one_run, each, x, clock) for each in (network, made)]
     with evaluating(network), torch.inference_mode():
-        times = list(interleaved(runs, repeats=repeats, warm_up=WARM_UP))
+        rounds = interleaved(runs, repeats=repeats, warm_up=WARM_UP)
+        shown = tracked(
+            rounds,
+            f"timing {made.engine} beside torch",
+            total=repeats,
+            unit="rounds",
+            wanted=progress,
+            between=True,
+        )
+        times = list(shown)
     eager, engine = np.median(times, axis=0).tolist()
     names = (*network.exit_names, "no exits")
     apart = (*agreement, agreement[-1])

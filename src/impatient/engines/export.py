@@ -45,6 +45,7 @@ from impatient.inputs import batch_size_of, evaluating
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.placement import ENGINES, WRITTEN
 from impatient.policies.policy import Policy
+from impatient.progress import waiting
 from impatient.provenance import dtype_of, machine, provenance
 from impatient.store import from_plain, to_plain
 from impatient.tasks.task import AGREEMENT, Task
@@ -133,6 +134,7 @@ def export(
     preprocess: Preprocess | None = None,
     lean: bool = False,
     force: bool = False,
+    progress: bool = False,
 ) -> Path:
     """Write a network to a directory, from which an engine runs it.
 
@@ -157,6 +159,7 @@ def export(
         lean: leave out the backbone without exits, which is only for comparison and takes half of
             the size.
         force: replace an exported network in `directory`.
+        progress: whether to show progress bars.
     Returns:
         The directory.
     Raises:
@@ -175,7 +178,7 @@ def export(
         _check_dtypes(network, example, engine)
     samples = samples_of(calibration, input_names(example)) if precision == "int8-static" else []
     rule = None if policy is None else _rule(policy, network.task, settings)
-    with evaluating(network):
+    with evaluating(network), waiting("tracing the network", wanted=progress):
         parts = partition(network, example)
         facts = NetworkFacts.of(network, example)
     scoring = _scoring(network.task, rule)
@@ -189,10 +192,20 @@ def export(
 
     def write(parts: Parts) -> None:
         with replaced_whole(Path(directory)) as folder:
-            _write_parts(parts, facts, folder, settings, samples, scoring, whole=not lean)
+            _write_parts(
+                parts,
+                facts,
+                folder,
+                settings,
+                samples,
+                scoring,
+                whole=not lean,
+                progress=progress,
+            )
             bundle = _bundle(parts, facts, example, folder, settings) | about
             write_json(folder / BUNDLE, bundle)
-            agreement = _agreement_of(network, folder, example, parts)
+            with waiting("comparing it with torch", wanted=progress):
+                agreement = _agreement_of(network, folder, example, parts)
             if engine != "aoti":
                 copy_standalone(folder)
             write_text(folder / "README.txt", _readme(engine, threads))
@@ -206,7 +219,7 @@ def export(
         if not any(parts.length_dims.values()):
             raise
         log.info("token lengths stay those of the example: %s", error)
-        with evaluating(network):
+        with evaluating(network), waiting("tracing the network", wanted=progress):
             fixed = partition(network, example, any_length=False)
         write(fixed)
     return Path(directory)
@@ -482,13 +495,14 @@ def _write_parts(
     scoring: Scoring,
     *,
     whole: bool,
+    progress: bool,
 ) -> None:
     if settings.engine == "aoti":
-        aoti(parts, facts, folder, threads=settings.threads or 1)
+        aoti(parts, facts, folder, threads=settings.threads or 1, progress=progress)
         return
-    write_parts(parts, folder, settings.engine, whole=whole, scoring=scoring)
+    write_parts(parts, folder, settings.engine, whole=whole, scoring=scoring, progress=progress)
     if settings.precision != "fp32":
-        quantise(parts, folder, settings, samples)
+        quantise(parts, folder, settings, samples, progress=progress)
     elif settings.engine == "onnxruntime":
         for index, takes in enumerate(parts.wiring.takes):
             names = [name for name in takes if name not in parts.wiring.inputs]

@@ -27,6 +27,7 @@ from impatient.inputs import resized
 from impatient.networks.heads import Layout, pooled
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.portable import Staged, Streamed, Wiring
+from impatient.progress import tracked
 from impatient.store import Stored
 from impatient.tasks import Task, named
 
@@ -399,7 +400,14 @@ def compiled(parts: Parts, facts: NetworkFacts, task: Task | None = None) -> Eng
     return EngineNetwork(facts, staged, made(parts.whole), settings, task=task)
 
 
-def aoti(parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1) -> None:
+def aoti(
+    parts: Parts,
+    facts: NetworkFacts,
+    directory: str | Path,
+    *,
+    threads: int = 1,
+    progress: bool = False,
+) -> None:
     """Compile every part ahead of time by AOTInductor.
 
     Args:
@@ -408,6 +416,7 @@ def aoti(parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: i
         directory: directory for the packages, which is made if necessary.
         threads: threads of one operation, which must be torch's number. It is built into the
             packages. With another number they may be several times slower, so loading refuses that.
+        progress: whether to show a progress bar.
     Raises:
         NetworkError: if there is no C++ compiler.
         StaleInput: if torch uses another number of threads here.
@@ -424,12 +433,15 @@ def aoti(parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: i
     directory.mkdir(parents=True, exist_ok=True)
     # Packages that are half built must not look complete.
     (directory / _AOTI).unlink(missing_ok=True)
-    for index, (stage, takes) in enumerate(zip(parts.stages, wiring.takes, strict=True)):
-        _package(stage, takes, parts, directory / f"stage{index}.pt2")
-    for index, head in enumerate(parts.heads):
-        if head is not None:
-            _package(head, [wiring.features[index]], parts, directory / f"head{index}.pt2")
-    _package(parts.whole, wiring.inputs, parts, directory / "whole.pt2")
+    heads = zip(parts.heads, wiring.features, strict=True)
+    packages: list[tuple[str, nn.Module, Sequence[str]]] = [
+        *((f"stage{k}", part, wiring.takes[k]) for k, part in enumerate(parts.stages)),
+        *((f"head{k}", head, [on]) for k, (head, on) in enumerate(heads) if head is not None),
+        ("whole", parts.whole, wiring.inputs),
+    ]
+    shown = tracked(packages, "compiling", total=len(packages), unit="parts", wanted=progress)
+    for name, part, takes in shown:
+        _package(part, takes, parts, directory / f"{name}.pt2")
     made = Packages(threads=threads, torch=str(torch.__version__), wiring=wiring, facts=facts)
     made.save(directory / _AOTI)
 

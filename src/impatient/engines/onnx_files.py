@@ -20,6 +20,7 @@ from impatient.engines.network import EngineSettings
 from impatient.engines.partition import FreeDims, Parts, any_size, values_of
 from impatient.errors import ExportFailed
 from impatient.portable import SESSIONS
+from impatient.progress import tracked
 from impatient.tasks.task import Judge, Score
 
 # Bytes: the limit of protobuf, less some room for the graph.
@@ -82,7 +83,13 @@ class OnnxFile:
 
 
 def write_parts(
-    parts: Parts, folder: Path, engine: str, *, whole: bool, scoring: Scoring | None = None
+    parts: Parts,
+    folder: Path,
+    engine: str,
+    *,
+    whole: bool,
+    scoring: Scoring | None = None,
+    progress: bool = False,
 ) -> None:
     """Write stage0.onnx, head0.onnx, ..., or session.onnx, and, if asked for, whole.onnx.
 
@@ -97,10 +104,15 @@ def write_parts(
             raise ExportFailed(
                 f"writing ONNX needs {package}, which is not installed: pip install {package}."
             )
+    files = [
+        file
+        for file in _files(parts, engine, scoring or Scoring())
+        if whole or file.name != "whole"
+    ]
+    shown = tracked(files, "writing ONNX", total=len(files), unit="files", wanted=progress)
     with _one_registry():
-        for file in _files(parts, engine, scoring or Scoring()):
-            if whole or file.name != "whole":
-                write_file(file, folder)
+        for file in shown:
+            write_file(file, folder)
 
 
 @contextlib.contextmanager
@@ -306,6 +318,8 @@ def quantise(
     folder: Path,
     settings: EngineSettings,
     calibration: Sequence[tuple[Tensor, ...]],
+    *,
+    progress: bool = False,
 ) -> None:
     """Replace the files that `write_parts` has written by 8-bit versions.
 
@@ -316,6 +330,7 @@ def quantise(
             the ranges of the features while running, "int8-static" determines them now.
         calibration: batches of inputs from which "int8-static" determines the ranges, as tuples in
             the order of `wiring.inputs`.
+        progress: whether to show a progress bar.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise ExportFailed(
@@ -323,12 +338,16 @@ def quantise(
             "installed: pip install onnxruntime."
         )
     seen = _values_seen(parts, calibration) if settings.precision == "int8-static" else []
-    for part in _files(parts, settings.engine, Scoring()):
-        file = folder / f"{part.name}.onnx"
-        # whole.onnx is optional.
-        if file.is_file():
-            samples = [{name: values[name] for name in part.takes} for values in seen]
-            _quantise(file, settings, samples)
+    # whole.onnx is optional.
+    files = [
+        (file, part)
+        for part in _files(parts, settings.engine, Scoring())
+        if (file := folder / f"{part.name}.onnx").is_file()
+    ]
+    shown = tracked(files, "writing 8 bits", total=len(files), unit="files", wanted=progress)
+    for file, part in shown:
+        samples = [{name: values[name] for name in part.takes} for values in seen]
+        _quantise(file, settings, samples)
 
 
 def _values_seen(parts: Parts, batches: Sequence[tuple[Tensor, ...]]) -> list[dict[str, Any]]:

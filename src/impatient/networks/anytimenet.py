@@ -37,6 +37,7 @@ from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.growth import PAPER, BlockCosts, Schedule
 from impatient.networks.heads import Layout, Pool, _last_width, channel_dim, pooled
 from impatient.networks.stages import Position, StagedExit
+from impatient.progress import tracked
 
 Sharing = Literal["shared", "own"]
 
@@ -190,6 +191,7 @@ def block_times(
     *,
     repeats: int = 50,
     warm_up: int = 5,
+    progress: bool = False,
     clock: Clock = SYSTEM_CLOCK,
 ) -> BlockCosts:
     """Measure the median seconds of each part, in eval and inference mode.
@@ -200,6 +202,7 @@ def block_times(
         x: an input of the batch size to measure.
         repeats: number of measured runs through all parts.
         warm_up: number of runs before them, which do not count.
+        progress: whether to show a progress bar.
         clock: clock to measure with.
 
     Sync:
@@ -217,7 +220,11 @@ def block_times(
         return times
 
     with evaluating(network), torch.inference_mode():
-        runs = [run for (run,) in interleaved([one_run], repeats=repeats, warm_up=warm_up)]
+        rounds = interleaved([one_run], repeats=repeats, warm_up=warm_up)
+        shown = tracked(
+            rounds, "timing blocks", total=repeats, unit="rounds", wanted=progress, between=True
+        )
+        runs = [run for (run,) in shown]
     return _by_section(
         [statistics.median(times) for times in zip(*runs, strict=True)], network.counts
     )

@@ -31,6 +31,7 @@ from impatient.policies.gates import (
 )
 from impatient.policies.policy import Recorded, check_exits, errors_of, features_of
 from impatient.policies.targets import PRICE, Target
+from impatient.progress import counted, tracked
 
 # --- the recursion --------------------------------------------------------------------------------
 
@@ -165,6 +166,13 @@ def backward(
 
 # --- fitting --------------------------------------------------------------------------------------
 
+# how many prices are tried for a target, infinity among them; how often they are then halved, and
+# once more without a gate that opens
+PRICES = 24
+HALVINGS = 8
+HALVINGS_WITHOUT = 12
+CANDIDATES = PRICES + HALVINGS + HALVINGS_WITHOUT
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SweepPoint:
@@ -210,6 +218,7 @@ def fit_gates(
     time_price: float | None = None,
     mean_time_s: float | None = None,
     max_accuracy_loss: float | None = None,
+    progress: bool = False,
     **settings: Unpack[GateSettings],
 ) -> GatePolicy:
     """Learn one gate per early exit.
@@ -223,6 +232,7 @@ def fit_gates(
         mean_time_s: most accurate policy whose mean time is at most this; or
         max_accuracy_loss: fastest policy that loses at most this much accuracy against the last
             exit (0.01: one point).
+        progress: whether to show a progress bar.
         **settings: see `GateSettings`.
     Returns:
         A policy; its `target` says what was asked for and what was reached here.
@@ -241,11 +251,18 @@ def fit_gates(
         max_accuracy_loss=max_accuracy_loss,
     )
     problem = _Problem(recording, costs, **settings)
-    best = (
-        problem.solve(target.wanted)
-        if target.name == PRICE
-        else target.best(problem.candidates(target))
-    )
+    with counted(
+        problem.solve,
+        "fitting gates",
+        total=1 if target.name == PRICE else CANDIDATES,
+        unit="fits",
+        wanted=progress,
+    ) as solve:
+        best = (
+            solve(target.wanted)
+            if target.name == PRICE
+            else target.best(problem.candidates(target, solve))
+        )
     if all(gate is None for gate in best.policy.gates):
         warnings.warn(
             f"with {target.name}={target.wanted:g} no sample leaves early: the policy is the last "
@@ -261,6 +278,8 @@ def sweep_gates(
     recording: Recorded,
     costs: CostProfile,
     time_prices: Sequence[float] | None = None,
+    *,
+    progress: bool = False,
     **settings: Unpack[GateSettings],
 ) -> tuple[SweepPoint, ...]:
     """Learn gates for many prices of time.
@@ -271,6 +290,7 @@ def sweep_gates(
         recording: the recording that `fit_gates` takes.
         costs: cost profile of the same network.
         time_prices: loss units per second, infinity allowed; by default 100, from 0 to infinity.
+        progress: whether to show a progress bar.
         **settings: see `GateSettings`.
     Returns:
         One point per price, in their order. `lower_hull` keeps those worth having, `mix` meets a
@@ -278,7 +298,8 @@ def sweep_gates(
     """
     problem = _Problem(recording, costs, **settings)
     prices = problem.prices(100) if time_prices is None else time_prices
-    return tuple(problem.solve(float(price)) for price in prices)
+    shown = tracked(prices, "fitting gates", total=len(prices), unit="fits", wanted=progress)
+    return tuple(problem.solve(float(price)) for price in shown)
 
 
 @dataclass(eq=False)
@@ -396,10 +417,14 @@ class _Problem:
             accuracy=accuracy,
         )
 
-    def candidates(self, target: Target) -> list[SweepPoint]:
-        """Fit policies over a range of prices, and constant ones."""
-        prices = self.prices(24)[:-1]
-        found = target.search(self.solve, prices, 8)
+    def candidates(self, target: Target, solve: Callable[..., SweepPoint]) -> list[SweepPoint]:
+        """Fit policies over a range of prices, and constant ones.
+
+        Args:
+            solve: what `self.solve` does.
+        """
+        prices = self.prices(PRICES)[:-1]
+        found = target.search(solve, prices, HALVINGS)
         low, below = max(
             (entry for entry in found if not target.is_crossed(entry[1])),
             key=lambda entry: entry[0],
@@ -407,8 +432,8 @@ class _Problem:
         )
         # where a gate opens the mean time jumps; what lies between is reached without that gate
         gates = [gate is not None for gate in below.policy.gates]
-        solve = functools.partial(self.solve, allowed=gates)
-        found += target.bisect(solve, low, prices[-1], 12)
+        without = functools.partial(solve, allowed=gates)
+        found += target.bisect(without, low, prices[-1], HALVINGS_WITHOUT)
         points = [point for _, point in found]
         always = [self.always(exit) for exit in range(len(self.losses))]
-        return [*points, self.solve(math.inf), *always]
+        return [*points, solve(math.inf), *always]

@@ -30,6 +30,7 @@ from impatient.policies.routing import (
 )
 from impatient.policies.targets import PRICE, Target
 from impatient.policies.topology import Topology
+from impatient.progress import counted
 
 Reference = Literal["none", "full"]
 
@@ -82,6 +83,7 @@ def fit_selection(
     time_price: float | None = None,
     mean_time_s: float | None = None,
     max_accuracy_loss: float | None = None,
+    progress: bool = False,
     **settings: Unpack[SelectionSettings],
 ) -> SelectionPolicy:
     """Learn at every node whether to stop or which network to run next.
@@ -101,6 +103,7 @@ def fit_selection(
             (`mix` meets it exactly); or
         max_accuracy_loss: the fastest found that loses at most this much accuracy against the last
             network (0.01: one point).
+        progress: whether to show a progress bar.
         **settings: see `SelectionSettings`.
     Returns:
         A policy; its `target` says what was asked for and what was reached here.
@@ -120,10 +123,17 @@ def fit_selection(
         mean_time_s=mean_time_s,
         max_accuracy_loss=max_accuracy_loss,
     )
-    if target.name == PRICE:
-        best = problem.solve(target.wanted)
+    is_priced = target.name == PRICE
+    prices: Sequence[float] = [target.wanted] if is_priced else problem.prices(16)
+    halvings = 0 if is_priced else 8
+    fits = len(prices) + halvings
+    with counted(
+        problem.solve, "fitting decisions", total=fits, unit="fits", wanted=progress
+    ) as solve:
+        found = target.search(solve, prices, halvings)
+    if is_priced:
+        [(_, best)] = found
     else:
-        found = target.search(problem.solve, problem.prices(16), 8)
         best = target.best([point for _, point in found] + problem.one_way())
         if not best.policy.decisions:
             warnings.warn(

@@ -25,7 +25,7 @@ from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantil
 from impatient.counting import count_macs, count_traffic
 from impatient.errors import CostError, ExitNotReached, StaleInput
 from impatient.inputs import call_model, evaluating, first_tensor, resized, synchronise
-from impatient.progress import display
+from impatient.progress import tracked
 from impatient.provenance import Provenance, dtype_of, machine, provenance, versions
 from impatient.runtime.joules import EnergyMeter, joules_per_run
 
@@ -92,21 +92,26 @@ def profile(
     one = resized(x, 1)
     counted = _count(network, one)
     batches = {}
-    with evaluating(network), display(progress) as bar:
+    with evaluating(network):
         for size in batch_sizes:
-            task = bar.add_task(
-                f"profiling batch size {size}", total=repeats, unit="rounds", note=""
-            )
             sized = resized(x, size)
             # Warmed up before the clock for `max_seconds` starts.
             list(_rounds(network, sized, stopwatch, repeats=0, warm_up=warm_up))
             rounds = []
             begin = clock.now()
-            for times_s in _rounds(network, sized, stopwatch, repeats=repeats):
-                rounds.append(times_s)
-                bar.advance(task)
-                if len(rounds) >= LEAST_REPEATS and clock.now() - begin > max_seconds:
-                    break
+            shown = tracked(
+                _rounds(network, sized, stopwatch, repeats=repeats),
+                f"profiling batch size {size}",
+                total=repeats,
+                unit="rounds",
+                wanted=progress,
+                between=True,
+            )
+            with contextlib.closing(shown):
+                for times_s in shown:
+                    rounds.append(times_s)
+                    if len(rounds) >= LEAST_REPEATS and clock.now() - begin > max_seconds:
+                        break
             batches[size] = _batch_costs(rounds, network.num_exits)
             _warn_if_noisy(batches[size].noise, size)
         joules = _measure_energy(network, one, energy, stopwatch) if energy else {}
@@ -296,6 +301,7 @@ def time_in_turn(
     *,
     repeats: int = 300,
     warm_up: int = 20,
+    progress: bool = False,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[float, ...]:
     """Measure the mean seconds of several models on one input, in turn.
@@ -307,6 +313,7 @@ def time_in_turn(
         x: example input.
         repeats: number of measured runs of each model.
         warm_up: number of runs before them that are not counted.
+        progress: whether to show a progress bar.
         clock: clock to measure with.
 
     Sync:
@@ -319,8 +326,12 @@ def time_in_turn(
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
-        rounds = list(interleaved(runs, repeats=repeats, warm_up=warm_up))
-    return tuple(sum(times) / repeats for times in zip(*rounds, strict=True))
+        rounds = interleaved(runs, repeats=repeats, warm_up=warm_up)
+        shown = tracked(
+            rounds, "timing networks", total=repeats, unit="rounds", wanted=progress, between=True
+        )
+        times = list(shown)
+    return tuple(sum(row) / repeats for row in zip(*times, strict=True))
 
 
 def check_profile(costs: CostProfile, network: Network, remedy: str) -> None:

@@ -23,6 +23,7 @@ from impatient.verbs.options import (
     Count,
     Directory,
     Engine,
+    Quiet,
     RunPath,
     Text,
     Threads,
@@ -64,6 +65,7 @@ class EvaluateOptions(VerbOptions):
     engine: Engine = "eager"
     any_profile: AnyProfile = False
     threads: Threads = 0
+    quiet: Quiet = False
     trust: Trust = ()
 
 
@@ -101,6 +103,7 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
             costs,
             [RunDirectory(other, trust=options.trust) for other in options.against],
             recording.task,
+            progress=not options.quiet,
         ),
         budgets={
             **standard_budgets(costs.interruptible_s()),
@@ -109,7 +112,7 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
         },
     )
     if options.real:
-        evaluation = _with_real_times(evaluation, run, costs, policies, options.real)
+        evaluation = _with_real_times(evaluation, run, costs, policies, options)
     evaluation.save(run.evaluation_file)
     log.info("evaluated on %d test samples: %s", evaluation.samples, run.evaluation_file)
     return evaluation
@@ -153,7 +156,7 @@ def _with_real_times(
     run: RunDirectory,
     costs: impatient.CostProfile,
     policies: Mapping[str, impatient.Policy],
-    count: int,
+    options: EvaluateOptions,
 ) -> impatient.Evaluation:
     """Answer the first test samples under every policy.
 
@@ -171,12 +174,17 @@ def _with_real_times(
         name: impatient.Runner(network, costs, policy, any_profile=True)
         for name, policy in policies.items()
     }
-    samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
+    samples = [x for x, _ in itertools.islice(data.batches("test", 1), options.real)]
     times: dict[str, list[float]] = {name: [] for name in runners}
     # the first ones again: threads and memory
     every = [*samples[:20], *samples]
     counted = tracked(
-        every, "answering", total=len(every), unit="samples", wanted=True, between=True
+        every,
+        "answering",
+        total=len(every),
+        unit="samples",
+        wanted=not options.quiet,
+        between=True,
     )
     for number, x in enumerate(counted):
         for name in runners if number % 2 else reversed(runners):
@@ -222,7 +230,12 @@ def check_same_data(run: RunDirectory, other: RunDirectory) -> None:
 
 
 def _static(
-    run: RunDirectory, costs: impatient.CostProfile, others: Sequence[RunDirectory], task: str
+    run: RunDirectory,
+    costs: impatient.CostProfile,
+    others: Sequence[RunDirectory],
+    task: str,
+    *,
+    progress: bool,
 ) -> dict[str, impatient.evaluation.StaticBaseline]:
     """Measure other runs' networks without exits, in the terms of this run's profile."""
     from impatient.counting import count_macs
@@ -236,7 +249,7 @@ def _static(
     recordings = [judged_as(part.recording("test"), task) for part in judged]
     x = run.spec().example()
     networks = [part.network()[0].exit_free for part in (run, *judged)]
-    here, *times = impatient.runtime.time_in_turn(networks, x)
+    here, *times = impatient.runtime.time_in_turn(networks, x, progress=progress)
     # in proportion, since the machine may be faster or slower now than when the profile was made
     scale = costs.exit_free_s() / here
     return {

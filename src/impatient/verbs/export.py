@@ -110,6 +110,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
         preprocess=None if spec.example_parts else spec.preprocess,
         lean=options.lean,
         force=options.force or stopped,
+        progress=not options.quiet,
     )
     log.info("exported: %s", target)
     if engine != "aoti":
@@ -128,7 +129,14 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     # others cannot be exported
     assert isinstance(network, impatient.MultiExitNetwork)
     agreement = read_bundle(target)["agreement"]
-    return engine_times(network, made, agreement, take(samples[0], [0]), repeats=options.repeats)
+    return engine_times(
+        network,
+        made,
+        agreement,
+        take(samples[0], [0]),
+        repeats=options.repeats,
+        progress=not options.quiet,
+    )
 
 
 def shown(_: ExportOptions, rows: Sequence[EngineTimes]) -> Iterator[Table]:

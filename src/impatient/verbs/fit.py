@@ -23,6 +23,7 @@ from impatient.verbs.options import (
     Milliseconds,
     Number,
     Points,
+    Quiet,
     Text,
     Threads,
     Top,
@@ -84,6 +85,7 @@ class FitOptions(VerbOptions):
     name: Text = None
     any_profile: AnyProfile = False
     threads: Threads = 0
+    quiet: Quiet = False
 
     @property
     def policy_name(self) -> str:
@@ -171,7 +173,9 @@ def _gates(
             "gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away."
         )
     gates = _gate_options(recording, costs, options)
-    return impatient.policies.fit_gates(recording, costs, **gates, **targets)
+    return impatient.policies.fit_gates(
+        recording, costs, progress=not options.quiet, **gates, **targets
+    )
 
 
 def _gate_options(
@@ -183,10 +187,10 @@ def _gate_options(
     learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
     # at one of them gates are open whose asking can be timed
     prices = np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]
-    measured = [
-        impatient.policies.gate_time_s(point.policy, recording)
-        for point in impatient.policies.sweep_gates(recording, costs, prices.tolist(), **learned)
-    ]
+    points = impatient.policies.sweep_gates(
+        recording, costs, prices.tolist(), progress=not options.quiet, **learned
+    )
+    measured = [impatient.policies.gate_time_s(point.policy, recording) for point in points]
     asked = [seconds for gates in measured for seconds in gates if seconds > 0.0]
     return {**learned, "gate_s": float(np.median(asked)) if asked else 0.0}
 
@@ -209,7 +213,7 @@ def _certified(
     else:
         gates = _gate_options(part, costs, options)
         # at rising prices of time: from conservative to aggressive
-        points = impatient.policies.sweep_gates(part, costs, **gates)
+        points = impatient.policies.sweep_gates(part, costs, progress=not options.quiet, **gates)
         candidates = [point.policy for point in points]
     try:
         controlled = impatient.policies.control_risk(

@@ -16,6 +16,7 @@ from impatient.verbs.options import (
     Counts,
     Positive,
     PositiveOrNone,
+    Quiet,
     Threads,
     Times,
     VerbOptions,
@@ -49,6 +50,7 @@ class PlanOptions(VerbOptions):
     batch_size: Positive = 1
     repeats: Positive = 200
     threads: Threads = 0
+    quiet: Quiet = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,9 @@ def plan(options: PlanOptions) -> GrowthPlan:
             "impatient:anytimenet, or a factory of your own that returns a GrowingNetwork."
         )
     example = data.example(options.batch_size)
-    parts = block_times(network.backbone, example, repeats=options.repeats)
+    parts = block_times(
+        network.backbone, example, repeats=options.repeats, progress=not options.quiet
+    )
     schedule = network.schedule
     if options.times_s:
         schedule = growth.place(parts, options.times_s)

@@ -139,7 +139,12 @@ def select(options: SelectOptions) -> impatient.Evaluation:
     recording = run.recording("validation")
     topology = getattr(impatient.policies.Topology, options.topology)(spec.after)
     problem = (recording, impatient.policies.node_times_s(costs), topology)
-    how = {"learner": options.learner, "method": options.method, **targets_of(options)}
+    how = {
+        "learner": options.learner,
+        "method": options.method,
+        "progress": not quiet,
+        **targets_of(options),
+    }
     with warnings.catch_warnings():
         # the second fit says so, if it is so
         warnings.simplefilter("ignore", NoEffectWarning)
@@ -150,7 +155,7 @@ def select(options: SelectOptions) -> impatient.Evaluation:
         )
     file = run.save_policy(name, policy, target=fitted_to(options, recording))
     log.info("fitted on %d validation samples: %s", len(recording), file)
-    return evaluate(EvaluateOptions(directory=run.path, trust=trust))
+    return evaluate(EvaluateOptions(directory=run.path, quiet=quiet, trust=trust))
 
 
 def shown(options: SelectOptions, evaluation: impatient.Evaluation) -> Iterator[Table | str]:

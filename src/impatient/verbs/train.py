@@ -467,7 +467,7 @@ def _weights_in_numbers(
         return None
     if ":" in wanted and "=" not in wanted:
         budget = impatient.budgets.parse_budget(wanted)
-        costs = _profile_for_weights(run, network, budget.cost)
+        costs = _profile_for_weights(run, network, budget.cost, progress=not options.quiet)
         numbers = impatient.exit_weights(
             budget, costs.cumulative(budget.cost, options.mode), normalise=True
         )
@@ -482,7 +482,9 @@ def _weights_in_numbers(
     return numbers
 
 
-def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost) -> impatient.CostProfile:
+def _profile_for_weights(
+    run: RunDirectory, network: Any, cost: Cost, *, progress: bool
+) -> impatient.CostProfile:
     known = impatient.CostProfile.load(run.profile_file) if is_file(run.profile_file) else None
     # joules need a meter, which only a caller from Python can bring
     if known is not None and (known.holds(cost) or cost == "energy"):
@@ -494,7 +496,7 @@ def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost) -> impatie
     threads = torch.get_num_threads()
     spare_a_core()
     try:
-        costs = impatient.profile(network, run.spec().example(), repeats=100, progress=True)
+        costs = impatient.profile(network, run.spec().example(), repeats=100, progress=progress)
     finally:
         torch.set_num_threads(threads)
     costs.save(run.profile_file)
