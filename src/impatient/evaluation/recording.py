@@ -28,7 +28,7 @@ from impatient.provenance import Provenance
 from impatient.provenance import provenance as made_now
 from impatient.store import Stored
 from impatient.tasks import Task, is_classification, named
-from impatient.tasks.classification import check_labels, top_of
+from impatient.tasks.classification import check_labels, check_top
 from impatient.trees import leaves, map_leaves, size
 
 
@@ -121,12 +121,7 @@ class Recording(Stored, made_by="`impatient record`"):
 
         Those that say nothing are refused, too.
         """
-        top, classes = top_of(self.task), self.logits().shape[-1]
-        if top > 1 and top >= classes:
-            raise TaskError(
-                f"top={top} takes every answer for right, since there are {classes} classes; "
-                f"expected fewer than {classes}."
-            )
+        check_top(self.task, self.logits().shape[-1])
         judge = named(self.task).quality
         found = [judge(output, self.labels) for output in self.logits()]
         if not torch.equal(torch.stack(found), self.quality):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ def binary() -> Task:
         summary=summary,
         says=said,
         ideal=lambda target, output: (2 * target.float() - 1).reshape(output.shape) * CERTAIN,
+        check_targets=check_targets,
     )
 
 
@@ -101,6 +103,14 @@ def column(output: Tensor) -> Float[Tensor, "B"]:
     if output.dim() == 1:
         return output
     raise TaskError(f"an output of shape {tuple(output.shape)}; expected one number per sample.")
+
+
+def check_targets(targets: Any) -> None:
+    """Raise TaskError unless targets are 0 or 1, one per sample."""
+    if not isinstance(targets, Tensor) or targets[:1].numel() != 1:
+        shape = f" of shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else ""
+        raise TaskError(f"targets{shape}; expected a 0 or 1 for each sample, [N] or [N, 1].")
+    _truth(targets.flatten())
 
 
 def _truth(target: Tensor) -> Float[Tensor, "B"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from impatient import checks
 from impatient.errors import RecordingError, TaskError
 from impatient.tasks.scores import SCORES, confidence_features
-from impatient.tasks.task import Task
+from impatient.tasks.task import Task, check_array
 from impatient.tasks.words import CERTAIN, class_name
 
 
@@ -45,6 +45,9 @@ def classification(top: int = 1) -> Task:
         says=said,
         ideal=lambda target, output: CERTAIN * F.one_hot(target, output.shape[1]).float(),
         is_logits=True,
+        check_targets=functools.partial(
+            check_array, dims=1, whole=True, expected="the number of a class for each sample, [N]"
+        ),
     )
 
 
@@ -56,6 +59,16 @@ def top_of(task: str) -> int:
         (1, 5)
     """
     return int(task.partition("top=")[2] or 1)
+
+
+def check_top(task: str, classes: int) -> None:
+    """Raise TaskError if an answer may name all classes, by the name of a classification."""
+    top = top_of(task)
+    if top > 1 and top >= classes:
+        raise TaskError(
+            f"top={top} takes every answer for right, since there are {classes} classes; "
+            f"expected fewer than {classes}."
+        )
 
 
 def top_probability(output: Float[Tensor, "*B C"], top: int) -> Float[Tensor, "*B"]:

@@ -21,6 +21,7 @@ from impatient.tasks.boxes import overlaps
 from impatient.tasks.matching import focal_losses, losses
 from impatient.tasks.objects import (
     Objects,
+    check_targets,
     classes_in,
     classes_of,
     objects_of,
@@ -119,6 +120,7 @@ def detection(
         layer=functools.partial(layer, find=find, threshold=threshold),
         ideal=functools.partial(ideal, sigmoid=bool(sigmoid)),
         outputs_for=classes_in,
+        check_targets=check_targets,
     )
 
 

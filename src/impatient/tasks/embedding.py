@@ -11,7 +11,7 @@ from torch import Tensor
 
 from impatient.errors import TaskError
 from impatient.tasks.regression import constant
-from impatient.tasks.task import Task
+from impatient.tasks.task import Task, check_array
 
 
 @functools.cache
@@ -30,6 +30,9 @@ def embedding() -> Task:
         quality_name="agreement with target",
         distance=lambda output, other: 1.0 - _cosine(output, other),
         ideal=lambda target, output: target.float().reshape(output.shape),
+        check_targets=functools.partial(
+            check_array, dims=2, whole=False, expected="a vector of real numbers each, [N, D]"
+        ),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ def multi_label() -> Task:
         summary=summary,
         says=said,
         ideal=lambda target, output: (2 * target.float() - 1).reshape(output.shape) * CERTAIN,
+        check_targets=check_targets,
     )
 
 
@@ -87,6 +89,14 @@ def said(output: Float[Tensor, "1 C"], names: Sequence[str]) -> str:
     """Name the labels that hold."""
     found = (output[0] > 0).nonzero()[:, 0].tolist()
     return listed((class_name(names, label) for label in found), "none")
+
+
+def check_targets(targets: Any) -> None:
+    """Raise TaskError unless targets are 0 or 1, one per sample and label."""
+    if not isinstance(targets, Tensor) or targets.dim() != 2:
+        shape = f" of shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else ""
+        raise TaskError(f"targets{shape}; expected a 0 or 1 for every label, [N, C].")
+    _truth(targets, targets)
 
 
 def _truth(output: Tensor, target: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from impatient.errors import TaskError
-from impatient.trees import entries
+from impatient.trees import Ragged, entries
 
 # beyond it, numbers are pixels and no shares of a picture
 LARGEST_SHARE = 2.0
@@ -163,6 +164,15 @@ def classes_in(target: Any) -> int:
     else:
         labels = [torch.as_tensor(one["labels"]) for one in target]
     return 1 + max((int(each.max()) for each in labels if each.numel()), default=0)
+
+
+def check_targets(targets: Any) -> None:
+    """Raise TaskError unless targets are the objects of each picture."""
+    if not isinstance(targets, (Tensor, Ragged)):
+        raise TaskError(
+            f"targets in a {type(targets).__name__}; expected the objects of each picture."
+        )
+    objects_of(targets, len(targets), classes=sys.maxsize)
 
 
 def truth_of(output: Any, target: Any, sigmoid: bool) -> Objects:

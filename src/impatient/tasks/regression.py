@@ -11,7 +11,7 @@ from torch import Tensor
 
 from impatient import checks
 from impatient.errors import TaskError
-from impatient.tasks.task import Task
+from impatient.tasks.task import Task, check_array
 
 
 @functools.cache
@@ -51,6 +51,10 @@ def regression(scale: float | None = None, tolerance: float | None = None) -> Ta
         statistics=statistics,
         summary=summary,
         ideal=lambda target, output: target.float().reshape(output.shape),
+        # whole numbers are classes, until somebody says otherwise
+        check_targets=functools.partial(
+            check_array, dims=0, whole=False, expected="real numbers, also whole ones as float32"
+        ),
     )
 
 

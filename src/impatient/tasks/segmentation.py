@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient.errors import TaskError
-from impatient.tasks.task import Task
+from impatient.tasks.task import Task, check_array
 from impatient.tasks.words import class_name, listed
 
 # the share of pixels that may be less sure than `low_probability`
@@ -53,6 +53,9 @@ def segmentation(ignore: int = 255) -> Task:
         outputs_for=functools.partial(width, ignore=ignore),
         statistics=functools.partial(statistics, ignore=ignore),
         summary=summary,
+        check_targets=functools.partial(
+            check_array, dims=3, whole=True, expected="a class number for every pixel, [N, H, W]"
+        ),
     )
 
 
@@ -96,15 +99,24 @@ def width(target: Int[Tensor, "B H W"], *, ignore: int = 255) -> int:
 
 def mean_probability(output: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
     """Mean over pixels of the largest class probability."""
-    return output.float().softmax(1).amax(1).mean((1, 2))
+    return _surest(output).mean((1, 2))
 
 
 def low_probability(output: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
     """Largest class probability that all but 5 % of the pixels reach."""
-    sure = output.float().softmax(1).amax(1).flatten(1)
+    sure = _surest(output).flatten(1)
     place = max(1, round(LOW * sure.shape[1]))
     # not kthvalue, which no engine has
     return sure.topk(place, dim=1, largest=False).values[:, -1]
+
+
+def _surest(output: Tensor) -> Float[Tensor, "B H W"]:
+    if output.dim() != 4:
+        raise TaskError(
+            f"an output of shape {tuple(output.shape)}; expected logits of every pixel, "
+            "[B, C, H, W]."
+        )
+    return output.float().softmax(1).amax(1)
 
 
 def distance(

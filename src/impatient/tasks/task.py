@@ -53,6 +53,8 @@ class Task:
         ideal: the output that would be right, from the target of one sample and an output of it, so
             that what is true can be said and shown like an answer.
         is_logits: whether outputs are logits of two or more classes, of which each sample has one.
+        check_targets: raises TaskError if the targets of a split are not of this task, whatever the
+            outputs; by default any are taken.
     Example:
         >>> task = Task(
         ...     name="halves",
@@ -81,6 +83,7 @@ class Task:
     layer: Callable[[Any, tuple[int, int]], Int[Tensor, "H W"]] | None = None
     ideal: Callable[[Any, Any], Any] | None = None
     is_logits: bool = False
+    check_targets: Callable[[Any], object] | None = None
 
     def __post_init__(self) -> None:
         if not self.scores:
@@ -172,3 +175,24 @@ class Task:
                 "targets and the network's weights."
             )
         return values
+
+
+def check_array(targets: Any, *, dims: int, whole: bool, expected: str) -> Tensor:
+    """Return targets that are one array of whole numbers, or one of real numbers.
+
+    Args:
+        targets: those of a split.
+        dims: number of dimensions, the samples' among them; 0 for any.
+        whole: whether they are whole numbers.
+        expected: what they should be, for the error.
+    Raises:
+        TaskError: if they are something else.
+    """
+    if not isinstance(targets, Tensor):
+        raise TaskError(f"targets in a {type(targets).__name__}; expected {expected}.")
+    if dims not in (0, targets.dim()) or targets.is_floating_point() == whole:
+        kind = str(targets.dtype).removeprefix("torch.")
+        raise TaskError(
+            f"targets of shape {tuple(targets.shape)} and type {kind}; expected {expected}."
+        )
+    return targets

@@ -309,15 +309,16 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
 
     Raises:
         ModelSpecError: if the model has exits, and yet `after`, `exits` or `heads` is given.
+        TaskError: if the task contradicts the data or the model.
     """
+    from impatient.tasks.classification import check_top
+
     seed = options.recipe.seed
     task = impatient.tasks.named(options.task_name).name
-    if impatient.tasks.named(task).is_logits and data.task_hint != "classification":
-        raise TrainingError(
-            f"{options.data} has targets that look like {data.task_hint or 'no ready-made task'}, "
-            f"but --task is {task}; expected classes. Say --task {data.task_hint or 'NAME'}."
-        )
+    _check_targets(options, data)
     outputs = outputs_for(data, task)
+    if impatient.tasks.is_classification(task):
+        check_top(task, outputs)
     network: Any = fresh_model(options.model, outputs, data.preprocess, seed)
     if isinstance(network, impatient.Network):
         if options.after or options.exits is not None or options.heads is not None:
@@ -341,6 +342,7 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
         )
     if options.ensembling:
         network = impatient.networks.RunningEnsemble(network, options.ensembling)
+    _check_outputs(network, data)
     spec = spec_of(
         network,
         data,
@@ -355,6 +357,32 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
         heads=heads,
         ensembling=options.ensembling or "",
     )
+
+
+def _check_targets(options: TrainOptions, data: impatient.Data) -> None:
+    """Refuse a task that the targets of some split contradict."""
+    task = impatient.tasks.named(options.task_name)
+    for split, examples in data.splits.items():
+        try:
+            if task.check_targets is not None:
+                task.check_targets(examples.labels)
+        except TaskError as error:
+            hint = data.task_hint
+            said = f" They look like {hint}: say --task {hint}." if hint else ""
+            raise TaskError(
+                f"--task {task.name}, but {options.data} has in its split {split} {error}{said}"
+            ) from error
+
+
+def _check_outputs(network: Any, data: impatient.Data) -> None:
+    """Refuse outputs that do not fit the targets, on two samples of the training split."""
+    import torch
+
+    from impatient.inputs import evaluating
+
+    inputs, targets = next(iter(data.batches("train", 2)))
+    with evaluating(network), torch.no_grad():
+        impatient.training.losses.task_losses(network.task, network(inputs), targets)
 
 
 def _given(
