@@ -18,10 +18,13 @@ import csv
 import io
 import multiprocessing
 import random
+import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,6 +49,9 @@ COUNT = 4
 # tokens of padding that are added to texts
 PADDING = 5
 EXACT = "exact"
+RUNS = "runs"
+# between several runs of a row
+AND = " & "
 Row = dict[str, str]
 
 # what is found out, and the column that is empty where it has not been tried
@@ -73,6 +79,8 @@ COLUMNS = (
     "staged / untouched",
     "untouched / untouched",
     "reason",
+    # the commands that found it out, with commit and date
+    RUNS,
 )
 
 
@@ -380,8 +388,14 @@ def import_libraries() -> None:
     transformers.logging.set_verbosity_error()
 
 
-def cover(architecture: Architecture, known: Row, parts: Sequence[str], limit_s: float) -> Row:
-    """Find out what a row does not have yet."""
+def cover(
+    architecture: Architecture, known: Row, parts: Sequence[str], limit_s: float, run: str
+) -> Row:
+    """Find out what a row does not have yet.
+
+    Args:
+        run: what is said of this run in the row.
+    """
     row = {
         "library": architecture.library,
         "architecture": _title(architecture),
@@ -398,7 +412,20 @@ def cover(architecture: Architecture, known: Row, parts: Sequence[str], limit_s:
     if wanted and ("exactness" in wanted or row.get("mechanism")):
         after = [] if "exactness" in wanted else row["exits after"].split()
         row |= apart(architecture, wanted, after, limit_s)
+        runs = [before for before in _runs(row) if before != run]
+        row[RUNS] = AND.join([*runs, run])
     return row
+
+
+def _runs(row: Row) -> list[str]:
+    return row[RUNS].split(AND) if row.get(RUNS) else []
+
+
+def _this_run() -> str:
+    from benchmarks.common import commit
+
+    command = " ".join(["python -m benchmarks.coverage", *sys.argv[1:]])
+    return f"commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, `{command}`"
 
 
 def _title(architecture: Architecture) -> str:
@@ -496,11 +523,14 @@ def page(rows: Mapping[str, Row]) -> str:
     libraries = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("torchvision", "timm", "transformers")
     )
-    return "\n".join([TEXT, count, "", *tables, f"{libraries}; {facts()}", ""])
+    counted = Counter(run for row in listed for run in _runs(row))
+    runs = [f"* {times} architectures: {run}" for run, times in counted.items()]
+    said = ["## Where this comes from", "", *runs, "", f"Written with {libraries}; {facts()}"]
+    return "\n".join([TEXT, count, "", *tables, *said, ""])
 
 
 def _table(library: str, rows: Sequence[Row]) -> str:
-    hidden = ("library", "spec", "mechanism", "features", "output", "reason")
+    hidden = ("library", "spec", "mechanism", "features", "output", "reason", RUNS)
     shown = [name for name in COLUMNS if name not in hidden and any(row.get(name) for row in rows)]
     lines = [f"## {library}", "", "| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
     lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in shown) + " |" for row in rows]
@@ -550,9 +580,10 @@ def main() -> None:
     chosen = [architecture for architecture in ARCHITECTURES if arguments.only in architecture.spec]
     rows = {} if arguments.again and not arguments.only else read_rows()
     import_libraries()
+    run = _this_run()
     for number, architecture in enumerate(chosen, 1):
         known = {} if arguments.again else rows.get(architecture.spec, {})
-        rows[architecture.spec] = cover(architecture, known, parts, arguments.limit)
+        rows[architecture.spec] = cover(architecture, known, parts, arguments.limit, run)
         write_rows(rows)
         row = rows[architecture.spec]
         print(
