@@ -4,8 +4,10 @@ python benchmarks/tasks.py --data FOLDER     about 1.5 hours on one core
 python benchmarks/tasks.py --smoke           a minute, on stand-ins, writes no page
 python benchmarks/tasks.py --page            writes the page from what is there
 
-Every step is a call of the command line, in this process. A row and a seed are
-kept under runs/bench/tasks, so that a table that was stopped goes on where it was.
+Every step is a call of the command line, in this process. What came of a row and a
+seed is kept in results/tasks.json, so that a table that was stopped goes on where it
+was, on another machine, too; with another recipe a row is made again. What it was made
+of lies under runs/bench/tasks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +29,7 @@ from typing import Any
 import numpy as np
 import task_data
 import torch
-from common import KEPT, RESULTS, ROOT, facts, write_results
+from common import KEPT, RESULTS, ROOT, commit, facts, write_results
 from matplotlib.figure import Figure
 
 import impatient
@@ -38,6 +41,8 @@ from impatient.verbs.run_directory import RunDirectory
 
 CURVES = ROOT / "docs" / "img" / "tasks.svg"
 PAGE = ROOT / "docs" / "how-to" / "tasks_table.md"
+# what came of each row and seed
+FOUND = RESULTS / "tasks.json"
 TRUST = ("--trust", "task_models")
 # test samples that are run one by one
 ASKED = 32
@@ -68,6 +73,11 @@ class Case:
     train: Sequence[object]
     epochs: int
     score: str = ""
+
+    @property
+    def recipe(self) -> str:
+        """What a row is made by: rows of another recipe are not this one's."""
+        return " ".join(map(str, (self.task, self.model, *self.train, "--epochs", self.epochs)))
 
 
 CASES: Mapping[str, Case] = {
@@ -229,7 +239,8 @@ def train_case(name: str, seed: int, source: task_data.Source, place: Path, epoc
     log.call("train", run, *what, "--epochs", epochs, "--seed", seed, "--quiet")
     log.call("record", run, "--quiet", *TRUST)
     seconds = round(time.perf_counter() - begin, 1)
-    write_json(run / "trained.json", {"seconds": seconds, "commands": log.commands})
+    found = {"seconds": seconds, "commands": log.commands, "recipe": case.recipe}
+    write_json(run / "trained.json", found)
 
 
 def judge_case(name: str, seed: int, place: Path, repeats: int) -> None:
@@ -245,6 +256,8 @@ def judge_case(name: str, seed: int, place: Path, repeats: int) -> None:
     found = {
         "case": name,
         "seed": seed,
+        "recipe": CASES[name].recipe,
+        "commit": commit(),
         **_judged(run),
         **_run_by_deadline(run, log),
         **_interrupted(run, log),
@@ -349,19 +362,32 @@ def _interrupted(run: Path, log: Log) -> dict[str, Any]:
 # --- what becomes of it ---------------------------------------------------------------------------
 
 
-def rows_of(place: Path) -> list[dict[str, Any]]:
-    """Read all that is finished, in the order of the table."""
-    files = [file for name in CASES for file in sorted((place / name).glob("seed-*/row.json"))]
-    return [
-        {**read_json(file), "onnx": dict(read_json(file.parent / "onnx.json"))}
-        for file in files
-        if (file.parent / "onnx.json").is_file()
-    ]
+def row_of(run: Path) -> dict[str, Any]:
+    """Read what came of a row and seed."""
+    return {**read_json(run / "row.json"), "onnx": dict(read_json(run / "onnx.json"))}
 
 
-def write_page(place: Path) -> None:
+def finished() -> dict[tuple[str, int], dict[str, Any]]:
+    """Read what is kept of rows and seeds, but for those of another recipe."""
+    kept = read_json(FOUND)["rows"] if FOUND.is_file() else []
+    return {
+        (row["case"], row["seed"]): dict(row)
+        for row in kept
+        if row["case"] in CASES and row["recipe"] == CASES[row["case"]].recipe
+    }
+
+
+def keep(row: Mapping[str, Any]) -> None:
+    """Keep a row and seed beside the others, in the order of the table."""
+    rows = {**finished(), (row["case"], row["seed"]): row}
+    order = list(CASES)
+    keys = sorted(rows, key=lambda key: (order.index(key[0]), key[1]))
+    write_json(FOUND, {"rows": [rows[key] for key in keys]})
+
+
+def write_page() -> None:
     """Write the CSV, of every exit and seed, and the page."""
-    rows = rows_of(place)
+    rows = list(finished().values())
     flat = [
         {
             "row": row["case"],
@@ -398,7 +424,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "standard deviation over the seeds, which draw weights, order and validation split, or the",
         "95 % interval over test samples where there is one seed. The networks are small and were",
         "trained for minutes: the table shows that every step works, and what exits cost, not what",
-        "is possible on these data. Rows are kept as they are made, by several commits of one day.",
+        "is possible on these data. Rows are kept as they are made, by the commits named below.",
         "Beside its name stand the metrics of the test split at the last exit, and in brackets",
         "those without exits.",
         "",
@@ -434,7 +460,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "",
         "## Where this comes from",
         "",
-        f"All exits and seeds: [tasks.csv](../../{RESULTS.relative_to(ROOT)}/tasks.csv). {facts()}",
+        f"All exits and seeds: [tasks.csv](../../{RESULTS.relative_to(ROOT)}/tasks.csv). "
+        f"Rows are of {', '.join(sorted({row['commit'] for row in rows}))}. {facts()}",
         "",
     ]
     return "\n".join(lines)
@@ -528,6 +555,30 @@ def _refused(grouped: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     return said or ["Nothing."]
 
 
+def make_row(
+    name: str,
+    seed: int,
+    source: task_data.Source,
+    place: Path,
+    *,
+    smoke: bool = False,
+    again: str | None = None,
+) -> None:
+    """Take the steps of a row and seed that are not done, and the one that is to be done again."""
+    run = place / name / f"seed-{seed}"
+    begin = time.perf_counter()
+    trained = run / "trained.json"
+    if trained.is_file() and read_json(trained)["recipe"] != CASES[name].recipe:
+        shutil.rmtree(run)
+    if not trained.is_file():
+        train_case(name, seed, source, place, 1 if smoke else CASES[name].epochs)
+    if again == "judge" or not (run / "row.json").is_file():
+        judge_case(name, seed, place, 20 if smoke else 200)
+    if again == "export" or not (run / "onnx.json").is_file():
+        export_case(name, seed, place)
+    print(f"{name}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of archives")
@@ -541,25 +592,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (options.data or options.smoke or options.page):
         parser.error("--data FOLDER, or --smoke")
     torch.set_num_threads(1)
-    seeds = 1 if options.smoke else options.seeds
-    source = task_data.Source(options.data, share=0.01 if options.smoke else 1.0)
-    # a whole table of one seed comes before the next seed
-    for seed in range(0 if options.page else seeds):
-        for name in options.only or CASES:
-            run = options.place / name / f"seed-{seed}"
-            begin = time.perf_counter()
-            if not (run / "trained.json").is_file():
-                epochs = 1 if options.smoke else CASES[name].epochs
-                train_case(name, seed, source, options.place, epochs)
-            if options.again == "judge" or not (run / "row.json").is_file():
-                judge_case(name, seed, options.place, 20 if options.smoke else 200)
-            if options.again == "export" or not (run / "onnx.json").is_file():
-                export_case(name, seed, options.place)
-            print(f"{name}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+    names = options.only or list(CASES)
     if options.smoke:
-        print(page(rows_of(options.place)))
-    else:
-        write_page(options.place)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                make_row(name, 0, task_data.Source(None, share=0.01), Path(folder), smoke=True)
+            print(page([row_of(Path(folder) / name / "seed-0") for name in names]))
+        return
+    source = task_data.Source(options.data)
+    # a whole table of one seed comes before the next seed
+    for seed in range(0 if options.page else options.seeds):
+        for name in names:
+            if options.again or (name, seed) not in finished():
+                make_row(name, seed, source, options.place, again=options.again)
+                keep(row_of(options.place / name / f"seed-{seed}"))
+    write_page()
 
 
 if __name__ == "__main__":
