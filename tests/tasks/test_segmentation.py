@@ -1,6 +1,7 @@
 """Segmentation and embeddings, against scikit-learn and numbers by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import impatient
 from impatient.clock import Deadline
 from impatient.errors import TaskError
-from impatient.evaluation import StaticBaseline
+from impatient.evaluation import Recording, StaticBaseline
 from impatient.evaluation.tables import evaluation_table
 from impatient.policies import ThresholdPolicy, fit_thresholds, thresholds_for_shares
 from impatient.tasks import embedding, named, segmentation
@@ -195,6 +196,19 @@ def test_a_network_of_maps_is_trained_recorded_and_run_by_its_deadline() -> None
     answer = runner.run(data.inputs["test"][:8], deadline=Deadline.after(60.0))
     assert answer.exits == tuple(exits[:8].tolist())
     assert torch.equal(answer.output.argmax(1), given[:8])
+
+
+def test_a_recording_holds_numbers_of_images_whatever_their_size(tmp_path: Path) -> None:
+    # 5 exits, 500 images, 19 classes, as of Cityscapes, whose maps would be 400 GB
+    outputs = torch.randn(5, 500, 19, 4, 4, generator=random())
+    targets = torch.randint(19, (500, 4, 4), generator=random(1))
+    recording = Recording.of(
+        outputs, targets, split="test", task="segmentation", keep_outputs=False
+    )
+    assert recording.statistics is not None
+    assert recording.statistics.shape == (5, 500, 2 * 19 + 2)
+    recording.save(tmp_path / "test.safetensors")
+    assert (tmp_path / "test.safetensors").stat().st_size < 1e6
 
 
 def test_embeddings_are_judged_by_their_angle() -> None:
