@@ -40,7 +40,7 @@ from impatient.errors import ImpatientError
 from impatient.files import write_text
 from impatient.inputs import call_model, first_tensor, output_tensor
 from impatient.networks import MultiExitNetwork
-from impatient.networks.stages import StagedRun
+from impatient.networks.stages import Cut, StagedRun
 
 HERE = Path(__file__).parent
 CSV = HERE / "results" / "coverage.csv"
@@ -49,6 +49,7 @@ COUNT = 4
 # tokens of padding that are added to texts
 PADDING = 5
 EXACT = "exact"
+OWN = "no: the model's own answer"
 RUNS = "runs"
 # between several runs of a row
 AND = " & "
@@ -104,7 +105,8 @@ def findings(
         network = attach_exits(
             model,
             example=architecture.batch(2),
-            after=list(after) or "auto",
+            # cuts, for the name alone does not say which call of a module is meant
+            after=[Cut.named(name) for name in after] or "auto",
             count=COUNT,
             task=architecture.task,
         ).eval()
@@ -273,7 +275,7 @@ def pad(network: MultiExitNetwork, x: Mapping[str, Tensor]) -> Row:
     ]
     early, last = max(changes[:-1]), changes[-1]
     if last > ROUNDING:
-        said = f"no: the model's own answer changes by {last:.1g}, early ones by {early:.1g}"
+        said = f"{OWN} changes by {last:.1g}, early ones by {early:.1g}"
         return {"padding": said}
     return {"padding": _exactness(max(changes)) if early <= ROUNDING else f"no: {early:.1g}"}
 
@@ -513,7 +515,11 @@ def page(rows: Mapping[str, Row]) -> str:
     texts = [row["padding"] for row in listed if row.get("padding")]
     if texts:
         same = sum(not said.startswith("no") for said in texts)
-        count += f" **{same} of {len(texts)}** models of texts answer alike at any padding."
+        own = sum(said.startswith(OWN) for said in texts)
+        count += (
+            f" **{same} of {len(texts)}** models of texts answer alike at any padding; in {own} it "
+            "changes the model's own answer, too."
+        )
     if parts:
         count += f" **{exported} of {len(parts)}** can be exported as parts."
     tables = [
@@ -524,7 +530,7 @@ def page(rows: Mapping[str, Row]) -> str:
         f"{name} {metadata.version(name)}" for name in ("torchvision", "timm", "transformers")
     )
     counted = Counter(run for row in listed for run in _runs(row))
-    runs = [f"* {times} architectures: {run}" for run, times in counted.items()]
+    runs = [f"* rows of {times}: {run}" for run, times in counted.items()]
     said = ["## Where this comes from", "", *runs, "", f"Written with {libraries}; {facts()}"]
     return "\n".join([TEXT, count, "", *tables, *said, ""])
 
