@@ -4,6 +4,8 @@
     python benchmarks/versions.py OLD_CHECKOUT
     # seconds, to see that it runs
     python benchmarks/versions.py OLD_CHECKOUT --smoke
+    # only recording, fitting and judging, or only running; other rows of the page stay
+    python benchmarks/versions.py OLD_CHECKOUT --only judging
 
 Three processes, one with the old code and two with the new, work in turn; their order goes through
 all permutations from round to round. All three are started again after each quarter of the rounds,
@@ -19,6 +21,7 @@ makes of equal code.
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import os
 import subprocess
@@ -36,8 +39,8 @@ STARTS = 4
 SLICE_S = 0.1
 
 
-def calls() -> dict[str, Callable[[], Any]]:
-    """Make the networks, and the calls to be timed."""
+def running() -> dict[str, Callable[[], Any]]:
+    """Make networks, and the calls that run them."""
     import torch
 
     import impatient
@@ -81,7 +84,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     mobile = impatient.load_model("torchvision:mobilenet_v3_small", num_classes=10)
     names = ["features.3", "features.6", "features.9"]
     add("MobileNetV3 small, 224 px", mobile, names, torch.randn(1, 3, 224, 224))
-    return made | judging()
+    return made
 
 
 class Digits:
@@ -134,9 +137,12 @@ def judging() -> dict[str, Callable[[], Any]]:
     }
 
 
-def work() -> None:
+PARTS = {"running": running, "judging": judging}
+
+
+def work(parts: list[str]) -> None:
     """Answer each line "NAME" with the seconds of one call, until standard input ends."""
-    made = calls()
+    made = {name: call for part in parts for name, call in PARTS[part]().items()}
     for call in made.values():
         call()
     print("\t".join(made), flush=True)
@@ -151,12 +157,12 @@ def work() -> None:
 
 
 class Worker:
-    """A process with the code of one checkout."""
+    """A process with the code of one checkout, which can time the calls of some parts."""
 
-    def __init__(self, checkout: Path) -> None:
+    def __init__(self, checkout: Path, parts: list[str]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work"],
+            [sys.executable, __file__, "--work", *parts],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -175,22 +181,24 @@ class Worker:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments == ["--work"]:
-        work()
+    if arguments[:1] == ["--work"]:
+        work(arguments[1:])
         return
     # not at the top: it imports names that the old code may lack
-    from common import Row, commit, with_interval, write_results
+    from common import RESULTS, Row, commit, with_interval, write_results
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("old", type=Path, help="a checkout with the old code")
     parser.add_argument("--smoke", action="store_true", help="seconds; writes nothing")
+    parser.add_argument("--only", choices=PARTS, help="time these calls alone")
     asked = parser.parse_args(arguments)
+    parts = [asked.only] if asked.only else list(PARTS)
     old_checkout = asked.old.resolve()
     rounds = SMOKE_ROUNDS if asked.smoke else ROUNDS
     ratios: dict[str, dict[str, list[float]]] = {}
     for start in range(STARTS):
         print(f"start {start + 1} of {STARTS}", flush=True)
-        old, new, again = (Worker(path) for path in (old_checkout, ROOT, ROOT))
+        old, new, again = (Worker(path, parts) for path in (old_checkout, ROOT, ROOT))
         for name in new.names:
             found = ratios.setdefault(name, {"new / old": [], "new / new": []})
             orders = itertools.cycle(itertools.permutations((old, new, again)))
@@ -203,9 +211,12 @@ def main(arguments: list[str]) -> None:
     rows: list[Row] = []
     for name, columns in ratios.items():
         intervals = {column: with_interval(values, 3) for column, values in columns.items()}
-        rows.append({"call": name, "rounds": rounds, **intervals})
+        rows.append({"call": name, "rounds": rounds, **intervals, "new": commit()})
         print(rows[-1], flush=True)
     if not asked.smoke:
+        with (RESULTS / "versions.csv").open(encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if row["call"] not in ratios]
+        rows = [*kept, *rows]
         text = (__doc__ or "").partition("Three processes")
         page = f"{text[1]}{text[2]}\n\nOld: commit {commit(old_checkout)}."
         write_results("versions", "The same calls with the code of two commits", page, rows)
