@@ -1,5 +1,6 @@
 """Weights that people bring: how they are read and compared, and how training goes on from them."""
 
+import argparse
 import dataclasses
 import pickle
 from collections import OrderedDict
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
@@ -60,11 +62,61 @@ WRAPPINGS: dict[str, tuple[str, Callable[[States, Path], None]]] = {
             {n: v for n, v in own.items() if "num_batches" not in n}, file
         ),
     ),
+    "an entry of another name": (
+        "a.pt",
+        lambda own, file: torch.save({"params_ema": own, "epoch": 3}, file),
+    ),
+    "averaged beside": (
+        "a.pt",
+        lambda own, file: torch.save({"ema": zeros(own), "state_dict": own}, file),
+    ),
+    "deep inside": (
+        "a.th",
+        lambda own, file: torch.save({"nets": {"student": {"params": own}}}, file),
+    ),
+    "another prefix": (
+        "a.PT",
+        lambda own, file: torch.save(under("module.student.", own), file),
+    ),
+    "a number among them": (
+        "a.pkl",
+        lambda own, file: torch.save({**own, "epoch": 3, "note": None}, file),
+    ),
+    "options and numbers of numpy": (
+        "a.pth",
+        lambda own, file: torch.save(
+            {
+                "model": own,
+                "args": argparse.Namespace(lr=0.1),
+                "best": np.float64(0.9),
+                "losses": np.arange(3.0),
+            },
+            file,
+        ),
+    ),
+    "sharded": (
+        "a.pt",
+        lambda own, file: torch.save(under("_fsdp_wrapped_module.", own), file),
+    ),
+    "blocks that are compiled and computed again": (
+        "A.SAFETENSORS",
+        lambda own, file: save_file(
+            {
+                name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._orig_mod."): value
+                for name, value in own.items()
+            },
+            str(file),
+        ),
+    ),
 }
 
 
 def under(prefix: str, own: States) -> States:
     return {prefix + name: value for name, value in own.items()}
+
+
+def zeros(own: States) -> States:
+    return {name: torch.zeros_like(value) for name, value in own.items()}
 
 
 def net(seed: int, **options: Any) -> SmallNet:
@@ -120,6 +172,17 @@ def test_half_precision_is_converted_and_said(
     assert "bfloat16 to float32" in caplog.text
 
 
+def test_the_entry_is_said_and_those_that_fit_as_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = net(1).state_dict()
+    file = saved({"state_dict": own, "averaged": {"ema": zeros(own)}}, tmp_path)
+    with caplog.at_level("INFO"):
+        load_weights(net(2), file)
+    assert "entry state_dict: " in caplog.text
+    assert "left away, though it fits as well: the entry averaged.ema" in caplog.text
+
+
 def test_a_tied_weight_that_safetensors_leaves_out_is_there(tmp_path: Path) -> None:
     def tied(seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -150,6 +213,12 @@ def test_a_classifier_of_another_width_stays_as_it_is_and_both_widths_are_said(
 
 def without(own: States, name: str) -> States:
     return {key: value for key, value in own.items() if key != name}
+
+
+def inside_itself() -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    entries["model"] = entries
+    return entries
 
 
 WRONG: dict[str, tuple[Callable[[States], Any], type[ImpatientError], str]] = {
@@ -184,7 +253,7 @@ WRONG: dict[str, tuple[Callable[[States], Any], type[ImpatientError], str]] = {
         r"NaN or infinite weights in 'classifier\.bias'",
     ),
     "two entries": (
-        lambda own: {"model": own, "net": own},
+        lambda own: {"model": own, "net": zeros(own)},
         StorageError,
         r"several entries \(model, net\).*torch\.save\(checkpoint\['model'\], FILE\)",
     ),
@@ -193,10 +262,35 @@ WRONG: dict[str, tuple[Callable[[States], Any], type[ImpatientError], str]] = {
         NetworkError,
         r"several models, under 'model\.' and 'net\.'",
     ),
-    "no weights": (
-        lambda own: {"epoch": 3, "ema": own},
+    "two entries of unusual names": (
+        lambda own: {"teacher": own, "student": zeros(own)},
         StorageError,
-        r"has the entries epoch, ema, none of which holds weights",
+        r"several entries \(teacher, student\).*torch\.save\(checkpoint\['teacher'\], FILE\)",
+    ),
+    "no weights": (
+        lambda own: {"epoch": 3, "history": {"loss": [0.5]}},
+        StorageError,
+        r"has the entries epoch, history, none of which holds weights",
+    ),
+    "an entry that holds itself": (
+        lambda own: inside_itself(),
+        StorageError,
+        r"has the entries model, none of which holds weights",
+    ),
+    "sparse": (
+        lambda own: {**own, "classifier.weight": own["classifier.weight"].to_sparse()},
+        NetworkError,
+        r"of another type: classifier\.weight torch\.sparse_coo, not torch\.float32",
+    ),
+    "without values": (
+        lambda own: {**own, "classifier.weight": own["classifier.weight"].to("meta")},
+        NetworkError,
+        r"classifier\.weight torch\.float32 without values \(meta\), not torch\.float32",
+    ),
+    "negative variances": (
+        lambda own: {name: -1 - v if "running_var" in name else v for name, v in own.items()},
+        ModelSpecError,
+        r"negative variances in 'blocks\.0\.1\.running_var'; expected none",
     ),
     "a tensor": (lambda own: torch.ones(3), StorageError, "holds a Tensor; expected named tensors"),
 }

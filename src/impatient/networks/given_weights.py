@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,15 +21,33 @@ from impatient.provenance import fingerprint_tensors
 
 log = logging.getLogger(__name__)
 
-# Where a checkpoint has the weights among other things.
+# Where a checkpoint has the weights, if several of its entries fit.
 ENTRIES = ("state_dict", "model_state_dict", "model", "net", "module", "weights")
-# What wrappers, Lightning and our own networks put before the names of a model.
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
-PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+# What wrappers put into the middle of names.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".th", ".pkl")
 # Batch norm has counted its batches since torch 1.0; older files lack the count.
 COUNTER = "num_batches_tracked"
 CLASSIFIERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHOWN = 8
+
+
+def _plain_values() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """List what training scripts save beside weights: options, and numbers of numpy.
+
+    None of it runs anything when it is made anew.
+    """
+    core = np.float64(0.0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    named = [
+        (made, f"numpy.{place}.multiarray.{made.__name__}")
+        for made in core
+        for place in ("core", "_core")
+    ]
+    return [
+        *(argparse.Namespace, np.ndarray, np.dtype),
+        *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+        *named,
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,9 +99,9 @@ def load_weights(
         module: the model, usually without exits; of a network with exits its `backbone`.
         path: a .safetensors file; a .pt, .pth, .ckpt, .bin or .tar file of `torch.save`, read with
             weights_only=True, so that nothing in it can run; or a run directory, of whose trained
-            network the part with the module's names is taken. Weights may stand under one of the
-            usual entries (`state_dict`, `model`, `net`, ...), and their names may have the usual
-            prefixes (`module.`, `model.`, `_orig_mod.`, `backbone.`, ...).
+            network the part with the module's names is taken. Weights may stand under any entry,
+            and their names behind any prefix, if only one of each fits; of several entries one
+            with a usual name (`state_dict`, `model`, `net`, ...) is taken.
         num_classes: width of the module's classifier, if it is known.
     Returns:
         What was loaded; pass it to `fit(..., given=...)`.
@@ -95,13 +117,13 @@ def load_weights(
         ('weight', 'bias')
     """
     path = Path(path)
-    given = _read(path)
     own = {
         name: value
         for name, value in module.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor)
     }
-    prefix = _prefix(given, own, path, type(module).__name__)
+    chosen_part, prefix, others = _fitting(_read(path), own, path, type(module).__name__)
+    given = chosen_part.tensors
     inside = {
         name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)
     }
@@ -115,12 +137,11 @@ def load_weights(
     _check_names(inside, own, replaced, f"{path} does not fit {type(module).__name__}")
     chosen = {name: value for name, value in inside.items() if name not in replaced}
     for name, value in chosen.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ModelSpecError(
-                f"{path} holds NaN or infinite weights in {name!r}; expected finite ones. Take a "
-                "checkpoint from before training diverged."
-            )
-    notes = _notes(path, prefix, chosen, own, inside, replaced, left)
+        _check_plausible(path, name, value)
+    notes = (
+        *_notes(chosen_part.place(path), prefix, chosen, own, inside, replaced, left),
+        *(f"left away, though it fits as well: the entry {other}" for other in others),
+    )
     for note in notes:
         log.info(note)
     module.load_state_dict({**module.state_dict(), **chosen})
@@ -135,7 +156,31 @@ def load_weights(
     )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """Tensors that stand side by side in a file.
+
+    Attributes:
+        tensors: the tensors by name.
+        entry: the keys that lead to them; none at the top.
+    """
+
+    tensors: Mapping[str, Tensor]
+    entry: tuple[str, ...] = ()
+
+    @property
+    def called(self) -> str:
+        return ".".join(self.entry)
+
+    @property
+    def usual(self) -> bool:
+        return bool(self.entry) and self.entry[-1] in ENTRIES
+
+    def place(self, path: Path) -> str:
+        return f"{path}, entry {self.called}" if self.entry else str(path)
+
+
+def _read(path: Path) -> Sequence[_Part]:
     """Read named tensors from a file or a run directory."""
     if path.is_dir():
         file = path / "weights.safetensors"
@@ -144,16 +189,17 @@ def _read(path: Path) -> dict[str, Tensor]:
                 f"{path} has no trained weights (no weights.safetensors); expected a run directory "
                 "of `impatient train`, or a file. Name the file with the weights itself."
             )
-        return read_tensors(file)[0]
+        return [_Part(tensors=read_tensors(file)[0])]
     if not is_file(path):
         raise StorageError(
             f"there is no file {path} (looked in {Path.cwd()}); expected weights in .safetensors "
             "or .pt, or a run directory. Check the path."
         )
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in PICKLED:
-        return _weights_in(_read_pickled(path), path)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return [_Part(tensors=_unwrapped(_read_safetensors(path)))]
+    if suffix in PICKLED:
+        return _parts_of(_read_pickled(path), path)
     raise StorageError(
         f"{path} ends in {path.suffix or 'nothing'!r}; expected .safetensors or one of "
         f"{', '.join(PICKLED)}. Give the file with the weights; of several parts make one."
@@ -184,7 +230,10 @@ def _read_pickled(path: Path) -> Any:
     with file_errors(f"read {path}"):
         path.open("rb").close()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_plain_values()):
+            # Of formats that are refused below, and of numbers in fewer bits.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Damaged files make torch and its unpickler raise nearly anything.
         raise StorageError(
@@ -199,70 +248,120 @@ def _reason(error: Exception) -> str:
 
     Its own advice is to trust it.
     """
-    lines = [line.strip() for line in str(error).splitlines()]
-    inner = [line for line in lines if line.startswith("WeightsUnpickler error:")]
-    first = (inner or lines or [""])[0]
+    _, found, inner = str(error).partition("WeightsUnpickler error:")
+    text = (inner if found else str(error)).partition("Please use")[0].strip()
+    first = text.splitlines()[0] if text else ""
     return f"{type(error).__name__}: {first}".rstrip(": ")[:200]
 
 
-def _weights_in(value: Any, path: Path) -> dict[str, Tensor]:
-    """Find the weights in what a checkpoint holds, which may be nested."""
-    if _are_weights(value):
-        return dict(value)
+def _parts_of(value: Any, path: Path) -> Sequence[_Part]:
+    """Find tensors in what a checkpoint holds, which may be nested."""
     if not isinstance(value, Mapping):
         raise StorageError(
             f"{path} holds a {type(value).__name__}; expected named tensors. Save "
             "model.state_dict()."
         )
-    found = [name for name in ENTRIES if isinstance(value.get(name), Mapping)]
-    if len(found) == 1:
-        return _weights_in(value[found[0]], path)
-    there = listed(map(str, value))
-    if found:
+    parts: list[_Part] = []
+    rest: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), value)]
+    # An entry may hold itself.
+    seen = {id(value)}
+    # It grows while it is walked.
+    for entry, mapping in rest:
+        tensors = {
+            name: part
+            for name, part in mapping.items()
+            if isinstance(name, str) and isinstance(part, Tensor)
+        }
+        if tensors:
+            parts.append(_Part(tensors=_unwrapped(tensors), entry=entry))
+        for name, part in mapping.items():
+            if isinstance(part, Mapping) and id(part) not in seen:
+                seen.add(id(part))
+                rest.append(((*entry, str(name)), part))
+    if not parts:
         raise StorageError(
-            f"{path} has weights in several entries ({', '.join(found)}); expected them in one. "
-            f"Save the one you mean: torch.save(checkpoint[{found[0]!r}], FILE)."
+            f"{path} has the entries {listed(map(str, value)) or '(none)'}, none of which holds "
+            f"weights; expected named tensors, or those under an entry such as "
+            f"{', '.join(ENTRIES)}. Save model.state_dict()."
         )
-    raise StorageError(
-        f"{path} has the entries {there or '(none)'}, none of which holds weights; expected named "
-        f"tensors, or those under one of {', '.join(ENTRIES)}. Save model.state_dict()."
-    )
+    return parts
 
 
-def _are_weights(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(name, str) for name in value)
-        and all(isinstance(entry, Tensor) for entry in value.values())
-    )
+def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Leave wrappers' parts of names away."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        found[name] = value
+    return found if len(found) == len(tensors) else tensors
 
 
-def _prefix(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, model: str) -> str:
-    """Find the prefix behind which a source has most of a module's names."""
-    prefixes = [""]
-    # It grows while it is walked: prefixes are stripped one after the other.
-    for prefix in prefixes:
-        if len(prefix.split(".")) <= 5:
-            prefixes += [
-                prefix + more
-                for more in PREFIXES
-                if any(name.startswith(prefix + more) for name in given)
-            ]
-    counts = {prefix: sum(prefix + name in given for name in own) for prefix in prefixes}
-    most = max(counts.values())
-    best = [prefix for prefix, count in counts.items() if count == most]
-    if own and not most:
+def _fitting(
+    parts: Sequence[_Part], own: Mapping[str, Tensor], path: Path, model: str
+) -> tuple[_Part, str, tuple[str, ...]]:
+    """Find the part, and the prefix there, that has most of a module's names.
+
+    Returns them, and the entries that fit as well.
+    """
+    counts = {
+        (place, prefix): count
+        for place, part in enumerate(parts)
+        for prefix, count in _prefixes(part.tensors, own).items()
+    }
+    if not own:
+        return parts[0], "", ()
+    if not counts:
+        there = max((part.tensors for part in parts), key=len)
         raise NetworkError(
-            f"{path} does not fit {model}: no name is the same. It has {listed(given)}; expected "
+            f"{path} does not fit {model}: no name is the same. It has {listed(there)}; expected "
             f"{listed(own)}. Build the model that the weights were made for, or rename them."
         )
-    if len(best) > 1 and own:
+    most = max(counts.values())
+    best = sorted((key for key, count in counts.items() if count == most), key=lambda key: key[1])
+    best = [key for key in best if parts[key[0]].usual] or best
+    part, prefix = parts[best[0][0]], best[0][1]
+    # A few names that happen to be the same do not say which part is meant.
+    if len(best) > 1 and 2 * most > len(own):
+        entries = [parts[place].called for place in sorted({place for place, _ in best})]
+        if len(entries) > 1:
+            key = "".join(f"[{name!r}]" for name in part.entry)
+            raise StorageError(
+                f"{path} has weights in several entries ({listed(entries)}); expected them in one. "
+                f"Save the one you mean: torch.save(checkpoint{key}, FILE)."
+            )
         raise NetworkError(
-            f"{path} has the weights of several models, under {' and '.join(map(repr, best))}; "
-            f"expected those of one {model}. Save the one you mean by itself."
+            f"{path} has the weights of several models, under "
+            f"{' and '.join(repr(prefix) for _, prefix in best[:SHOWN])}; expected those of one "
+            f"{model}. Save the one you mean by itself."
         )
-    return best[0]
+    others = {parts[place].called for (place, _), count in counts.items() if count == most}
+    return part, prefix, tuple(sorted(others - {part.called}))
+
+
+def _prefixes(names: Iterable[str], own: Mapping[str, Tensor]) -> Counter[str]:
+    """Count behind which prefix how many of a module's names stand."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        steps = name.split(".")
+        for cut in range(len(steps)):
+            if ".".join(steps[cut:]) in own:
+                counts["".join(f"{step}." for step in steps[:cut])] += 1
+    return counts
+
+
+def _check_plausible(path: Path, name: str, value: Tensor) -> None:
+    """Refuse values with which a network answers nothing."""
+    if value.is_floating_point() and not value.isfinite().all():
+        raise ModelSpecError(
+            f"{path} holds NaN or infinite weights in {name!r}; expected finite ones. Take a "
+            "checkpoint from before training diverged."
+        )
+    if name.endswith("running_var") and value.numel() and value.min() < 0:
+        raise ModelSpecError(
+            f"{path} holds negative variances in {name!r}; expected none. The file was damaged, or "
+            "is of another model."
+        )
 
 
 def replaced_classifier(
@@ -335,9 +434,13 @@ def _check_names(
         if name in given and name not in replaced and given[name].shape != value.shape
     ]
     types = [
-        f"{name} {given[name].dtype}, not {value.dtype}"
+        f"{name} {_kind(given[name])}, not {value.dtype}"
         for name, value in own.items()
-        if name in given and given[name].is_floating_point() != value.is_floating_point()
+        if name in given
+        and (
+            given[name].is_floating_point() != value.is_floating_point()
+            or _kind(given[name]) != str(given[name].dtype)
+        )
     ]
     wrong = {
         "missing": missing,
@@ -354,8 +457,15 @@ def _check_names(
         )
 
 
+def _kind(value: Tensor) -> str:
+    """Say the type of a tensor's numbers, and whether they are there one by one."""
+    if value.is_meta:
+        return f"{value.dtype} without values (meta)"
+    return str(value.dtype if value.layout == torch.strided else value.layout)
+
+
 def _notes(
-    path: Path,
+    place: str,
     prefix: str,
     chosen: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
@@ -365,7 +475,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """Say what is loaded, converted, replaced and left away."""
     behind = f", whose names there begin with {prefix!r}" if prefix else ""
-    said = [f"weights from {path}: {len(chosen)} tensors{behind}"]
+    said = [f"weights from {place}: {len(chosen)} tensors{behind}"]
     converted = {
         f"{value.dtype} to {own[name].dtype}".replace("torch.", "")
         for name, value in chosen.items()
