@@ -361,3 +361,65 @@ def test_vectors_of_another_length_are_refused():
     preprocess = Preprocess(mean=(0.0,) * 5, std=(1.0,) * 5)
     with pytest.raises(DataError, match=r"shape \(2, 4\); expected a tensor with 5 channels"):
         preprocess(torch.zeros(2, 4))
+
+
+# --- labels as people have them -------------------------------------------------------------------
+
+
+def test_names_in_place_of_numbers_are_numbered_in_their_order(tmp_path):
+    names = np.array(["cat", "ant", "bee"])[np.arange(60) % 3]
+    spec = saved(tmp_path, floats(5), y_train=names, y_test=names[:30])
+    data = load_data(spec)
+    assert data.class_names == ("ant", "bee", "cat")
+    assert data.examples("test").labels[:3].tolist() == [2, 0, 1]
+    spec = saved(
+        tmp_path,
+        floats(5),
+        y_train=names.astype("S"),
+        y_test=names[:30],
+        class_names=["cat", "ant", "bee"],
+    )
+    assert load_data(spec).examples("test").labels[:3].tolist() == [0, 1, 2]
+    spec = saved(tmp_path, floats(5), y_train=names, y_test=names[:30], class_names=["cat", "ant"])
+    with pytest.raises(DataError, match="the label 'bee' is none of cat, ant"):
+        load_data(spec)
+
+
+def test_rows_with_a_single_one_are_classes_when_that_is_said(tmp_path):
+    rows = np.eye(4)[np.arange(60) % 3]
+    spec = saved(tmp_path, floats(5), "labels=onehot", y_train=rows, y_test=rows[:30])
+    with pytest.raises(DataError, match="labels are from 0 to 2, but 3 is not among them"):
+        load_data(spec)
+    rows = np.eye(3)[np.arange(60) % 3]
+    spec = saved(tmp_path, floats(5), "labels=onehot", y_train=rows, y_test=rows[:30])
+    data = load_data(spec)
+    assert data.task_hint == "classification"
+    assert data.examples("test").labels[:4].tolist() == [0, 1, 2, 0]
+    for odd in (rows * 2, np.ones((60, 3)), np.arange(60) % 3):
+        spec = saved(tmp_path, floats(5), "labels=onehot", y_train=odd, y_test=odd[:30])
+        with pytest.raises(DataError, match="labels=onehot is for rows of zeros with a single 1"):
+            load_data(spec)
+
+
+def test_a_column_of_classes_is_classes(tmp_path):
+    column = (np.arange(60) % 3)[:, None]
+    data = load_data(saved(tmp_path, floats(5), y_train=column, y_test=column[:30]))
+    assert data.examples("test").labels[:4].tolist() == [0, 1, 2, 0]
+
+
+def test_arrays_that_are_left_out_are_said(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        load_data(saved(tmp_path, floats(5), x_val=floats(5), y_val=np.arange(60)))
+    assert "arrays that are left out: x_val, y_val" in caplog.text
+
+
+def test_true_and_false_are_features_of_numbers(tmp_path):
+    data = load_data(saved(tmp_path, floats(5) > 5, "normalise=none"))
+    assert data.example().dtype == torch.float32
+    assert set(data.example(8).unique().tolist()) == {0.0, 1.0}
+
+
+def test_inputs_without_numbers_are_refused(tmp_path):
+    for shape in ((0,), (0, 8, 3)):
+        with pytest.raises(DataError, match=r"hold no numbers; expected some per sample"):
+            load_data(saved(tmp_path, floats(*shape)))

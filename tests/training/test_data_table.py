@@ -76,6 +76,11 @@ def broken(folder: Path, said: str) -> Data:
     return read(f"npz:{file}", said)
 
 
+def single(folder: Path, said: str) -> Data:
+    np.save(folder / "own.npy", VECTORS)
+    return read(f"npz:{folder / 'own.npy'}", said)
+
+
 VECTORS = numbers(5)
 SPOILED = np.where(np.arange(5) == 2, np.nan, VECTORS).astype("f4")
 SECONDS = RANDOM.random(COUNT)
@@ -99,8 +104,11 @@ ARRAYS: dict[str, Bring] = {
     "x_train.input_ids and x_train.attention_mask": arrays(
         {".input_ids": numbers(6, kind="i8"), ".attention_mask": np.ones((COUNT, 6), "i8")}
     ),
+    "true or false for each of five features": arrays(VECTORS > 90),
+    "inputs without numbers [N, 0]": arrays(VECTORS[:, :0]),
     "object arrays (pickles)": arrays(VECTORS.astype(object)),
     "a file that was cut short": broken,
+    "an .npy file": single,
     "labels from 1": arrays(VECTORS, LABELS + 1),
     "labels with gaps": arrays(VECTORS, LABELS * 2),
     "labels with gaps, and class_names of all": arrays(
@@ -110,7 +118,10 @@ ARRAYS: dict[str, Bring] = {
     "hidden labels (-1)": arrays(VECTORS, LABELS - 1),
     "class names in bytes": arrays(VECTORS, class_names=np.array([b"a", b"b", b"c"])),
     "numbers to predict [N]": arrays(VECTORS, RANDOM.random(COUNT)),
-    "0 or 1 for each of three labels [N, 3]": arrays(VECTORS, np.eye(3, dtype=int)[LABELS]),
+    "class names in place of numbers": arrays(VECTORS, np.array(["ant", "bee", "cat"])[LABELS]),
+    "classes in a column [N, 1]": arrays(VECTORS, LABELS[:, None]),
+    "rows of zeros with a single 1, for classes": arrays(VECTORS, np.eye(3, dtype=int)[LABELS]),
+    "0 or 1 for each of three labels [N, 3]": arrays(VECTORS, np.tri(3, dtype=int)[LABELS]),
     "masks [N, 8, 8] for pictures": arrays(numbers(8, 8, 3, kind="u1"), numbers(8, 8, kind="i8")),
     "seconds that each sample may take": arrays(VECTORS, limit_train=SECONDS, limit_test=SECONDS),
 }
@@ -172,6 +183,7 @@ def seventh(root: Path) -> None:
 PICTURES: dict[str, Bring] = {
     "train/CLASS/*.png and test/CLASS/*.png": folders(),
     "Training/CLASS and Valid/CLASS": folders(splits=("Training", "Valid")),
+    "seg_train/CLASS and seg_test/CLASS": folders(splits=("seg_train", "seg_test")),
     "CLASS/*.png, without splits": folders(splits=("",)),
     "photos of different sizes": folders(other_sizes),
     "photos of different sizes, at a size of yours": folders(other_sizes),
@@ -181,6 +193,7 @@ PICTURES: dict[str, Bring] = {
     "pictures with a palette": folders(mode="P"),
     "pictures for print (CMYK)": folders(mode="CMYK", suffix="jpg"),
     "pictures of floating-point numbers": folders(mode="F", suffix="tiff"),
+    "pictures as phones and browsers save them (.avif)": folders(suffix="avif"),
     "a damaged picture": folders(damaged),
     "hidden files, and files that are no pictures": folders(beside),
     "a class that is in the test folder alone": folders(seventh),
@@ -219,11 +232,38 @@ def texts_of(
     return bring
 
 
+def written(change: Callable[[str], str | bytes]) -> Bring:
+    """Write a table of comma-separated values in another way."""
+
+    def bring(folder: Path, said: str) -> Data:
+        tokenizer = texts.save_tokenizer(folder / "tokenizer")
+        texts.save_csv(folder / "table.csv", texts.rows(COUNT))
+        made = change((folder / "table.csv").read_text())
+        (folder / "table.csv").write_bytes(made if isinstance(made, bytes) else made.encode())
+        said = ",".join([f"tokenizer={tokenizer}", *([said] if said else [])])
+        return read(f"text:{folder / 'table.csv'}", said)
+
+    return bring
+
+
 TEXTS: dict[str, Bring] = {
     **{
         f"a table of texts and labels, .{suffix}": texts_of(suffix)
         for suffix in ("csv", "tsv", "jsonl", "parquet")
     },
+    "the same from a spreadsheet, with semicolons": written(lambda made: made.replace(",", ";")),
+    "the same in 16 bits a letter (UTF-16)": written(lambda made: made.encode("utf-16")),
+    "the same in an old encoding": written(
+        lambda made: made.replace("word1", "wörd1").encode("latin1")
+    ),
+    "names of columns in capitals": written(lambda made: made.replace("text,label", "Text, LABEL")),
+    "texts that look like numbers": written(lambda made: re.sub("word", "", made)),
+    "labels from 1 in a table": written(
+        lambda made: made.replace(",good", ",1").replace(",bad", ",2")
+    ),
+    "two columns of one name": written(
+        lambda made: made.replace("\n", ",x\n").replace(",x", ",text", 1)
+    ),
     "columns of other names": texts_of(names=("review", "stars")),
     "a row without its text": texts_of(hole=True),
     "a column of seconds for each text": texts_of(names=("text", "label", "limit")),

@@ -56,6 +56,8 @@ def test_every_picture_has_its_own_map(tmp_path: Path, layout: str) -> None:
     root = drawn(tmp_path, layout)
     data = load_data(f"imagefolder:{root}:masks=masks")
     assert data.task_hint == "segmentation"
+    with pytest.raises(DataError, match="labels=onehot is for npz files"):
+        load_data(f"imagefolder:{root}:masks=masks,labels=onehot")
     found = pairs(data)
     assert sorted(found) == list(range(COUNT))
     for place, numbers in enumerate(MAPS):

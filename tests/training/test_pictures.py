@@ -107,7 +107,7 @@ def test_splits_are_found_under_their_usual_names(tmp_path: Path, train: str, te
 
 def test_two_folders_that_could_be_one_split_are_refused(tmp_path: Path) -> None:
     (folder(tmp_path, "train", "test") / "Training").mkdir()
-    with pytest.raises(DataError, match="train and Training"):
+    with pytest.raises(DataError, match="Training and train"):
         load_data(f"imagefolder:{tmp_path}")
 
 
@@ -152,3 +152,50 @@ def test_arrays_that_cannot_be_meant_are_refused(
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[4:8], y_test=y[4:8])
     with pytest.raises(DataError, match=complaint):
         load_data(f"npz:{tmp_path / 'a.npz'}")
+
+
+# --- what is a split, and what is left out --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("seg_train", "seg_test"), ("train2017", "val2017"), ("train-set", "Test Set")],
+)
+def test_splits_are_found_where_the_usual_name_is_a_word_of_theirs(
+    tmp_path: Path, train: str, test: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = folder(tmp_path, train, test)
+    (root / "unlabelled").mkdir()
+    with caplog.at_level(logging.WARNING):
+        data = load_data(f"imagefolder:{root}")
+    assert (data.class_names, data.size("test")) == (("ant", "bee"), 4)
+    assert f"{train} is the train split and {test} is the test split" in caplog.text
+    assert "left out: unlabelled" in caplog.text
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    for kind in ("steam train", "test tube", "ant"):
+        (tmp_path / kind).mkdir()
+        for index in range(10):
+            Image.new("RGB", (4, 4)).save(tmp_path / kind / f"{index}.png")
+    assert load_data(f"imagefolder:{tmp_path}").class_names == ("ant", "steam train", "test tube")
+
+
+def test_folders_that_are_left_out_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = folder(tmp_path, "train", "test")
+    (root / "train" / "wasp").mkdir()
+    (root / "extra" / "ant").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        load_data(f"imagefolder:{root}")
+    assert caplog.text.count("left out: extra") == 1
+    assert "folders without pictures are no classes: wasp" in caplog.text
+
+
+def test_a_link_to_a_folder_above_brings_no_pictures_of_other_classes(tmp_path: Path) -> None:
+    place = folder(tmp_path, "train", "test") / "train"
+    wanted = class_files(place)
+    (place / "ant" / "all").symlink_to(place)
+    (place / "ant" / "everything").symlink_to(tmp_path)
+    assert class_files(place) == wanted

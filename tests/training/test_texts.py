@@ -124,6 +124,87 @@ def test_damaged_and_unknown_tables_are_refused(tmp_path, tokenizer) -> None:
         load(good, tmp_path / "nowhere")
 
 
+def rewritten(folder: Path, change) -> Path:
+    """Write a table of comma-separated values, with its text or bytes changed."""
+    table = save(folder / "table.csv", columns())
+    made = change(table.read_text())
+    table.write_bytes(made if isinstance(made, bytes) else made.encode())
+    return table
+
+
+def test_tables_of_spreadsheets_give_the_same_data(tmp_path, tokenizer, caplog) -> None:
+    wanted = load(save(tmp_path / "table.csv", columns()), tokenizer).fingerprint
+    for change in (
+        lambda made: made.replace(",", ";"),
+        lambda made: made.replace(",", "\t"),
+        lambda made: made.encode("utf-16"),
+        lambda made: made.encode("utf-8-sig"),
+        lambda made: made.replace("\n", "\r\n"),
+        lambda made: made.replace("text,label", "Text, LABEL"),
+    ):
+        with caplog.at_level("INFO"):
+            assert load(rewritten(tmp_path, change), tokenizer).fingerprint == wanted
+    assert "columns are separated by semicolons" in caplog.text
+
+
+def test_texts_and_labels_are_taken_as_they_are_written(tmp_path, tokenizer) -> None:
+    dates = [f"2020-01-{1 + place % 28:02d} 00:00:00" for place in range(60)]
+    for label, names in (
+        (["01", "02"], ("01", "02")),
+        (["false", "true"], ("false", "true")),
+        (["NA", "EU"], ("EU", "NA")),
+        (["2020-01-01", "2020-01-02"], ("2020-01-01", "2020-01-02")),
+        ([0, 1], ("0", "1")),
+    ):
+        table = {"text": dates, "label": [label[place % 2] for place in range(60)]}
+        data = load(save(tmp_path / "table.csv", table), tokenizer)
+        assert data.class_names == names
+    # a number, a dash, a number, ... and not the words of a date in Python
+    assert int(data.examples("test").lengths.min()) > 3
+    table = {"text": dates, "label": [place % 2 for place in range(60)]}
+    save(tmp_path / "table.jsonl", table).rename(tmp_path / "table.json")
+    lines = load(tmp_path / "table.json", tokenizer)
+    assert lines.fingerprint == data.fingerprint
+
+
+def test_tables_that_are_not_utf_8_are_refused_with_what_to_do(tmp_path, tokenizer) -> None:
+    odd = rewritten(tmp_path, lambda made: made.replace("word1", "wörd").encode("latin1"))
+    with pytest.raises(DataError, match=r"table\.csv .*[Ss]ave the file as UTF-8"):
+        load(odd, tokenizer)
+    odd = rewritten(tmp_path, lambda made: made.replace("text", "tëxt").encode("latin1"))
+    with pytest.raises(DataError, match=r"table\.csv .*[Ss]ave the file as UTF-8"):
+        load(odd, tokenizer)
+
+
+def test_columns_of_one_name_are_refused(tmp_path, tokenizer) -> None:
+    table = save(tmp_path / "table.csv", columns() | {"other": [1] * 60})
+    table.write_text(table.read_text().replace("other", "text", 1))
+    with pytest.raises(DataError, match="several columns called 'text'"):
+        load(table, tokenizer, "text=text,label=label")
+
+
+def test_labels_from_1_are_renumbered_when_that_is_said(tmp_path, tokenizer) -> None:
+    labels = [1 + place % 2 for place in range(60)]
+    table = save(tmp_path / "table.csv", columns() | {"label": labels})
+    with pytest.raises(DataError, match="say labels=renumber"):
+        load(table, tokenizer)
+    data = load(table, tokenizer, "labels=renumber")
+    assert (data.class_names, set(data.examples("test").labels.tolist())) == (("1", "2"), {0, 1})
+
+
+def test_tables_of_splits_have_usual_names_and_those_left_out_are_said(
+    tmp_path, tokenizer, caplog
+) -> None:
+    for name in ("reviews_train.csv", "reviews_dev.csv", "unlabelled.csv"):
+        save(tmp_path / name, columns())
+    with caplog.at_level("WARNING"):
+        assert load(tmp_path, tokenizer).size("test") == 60
+    assert "left out: unlabelled" in caplog.text
+    save(tmp_path / "reviews_train.tsv", columns())
+    with pytest.raises(DataError, match=r"has reviews_train\.csv and reviews_train\.tsv"):
+        load(tmp_path, tokenizer)
+
+
 @pytest.mark.slow
 def test_a_text_has_the_same_exits_in_every_batch(tmp_path, tokenizer) -> None:
     data = load(save(tmp_path / "table.csv", columns()), tokenizer)

@@ -102,3 +102,23 @@ def test_an_old_run_survives_a_task_that_does_not_fit(tmp_path: Path, call: Call
     before = {file.name: file.read_bytes() for file in run.glob("*.*")}
     assert call("train", run, *data, "--task", "binary", "--restart", *QUICK)[0] == 1
     assert {file.name: file.read_bytes() for file in run.glob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("targets", "way"),
+    [
+        (np.eye(10)[CLASSES], "say labels=onehot in --data"),
+        (CLASSES.astype(np.float32), "If the numbers are classes, save them as integers"),
+    ],
+)
+def test_targets_that_may_be_classes_are_refused_with_both_readings(
+    targets: np.ndarray, way: str, tmp_path: Path, call: Call
+) -> None:
+    run = tmp_path / "run"
+    data = data_of(targets, tmp_path)
+    code, said = call("train", run, *data, *QUICK)
+    assert code == 1
+    assert "say --task" in said
+    assert way in " ".join(said.split())
+    if "onehot" in way:
+        assert call("train", run, data[0], f"{data[1]},labels=onehot", *QUICK)[0] == 0

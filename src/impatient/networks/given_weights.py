@@ -37,10 +37,14 @@ def _plain_values() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]
 
     None of it runs anything when it is made anew.
     """
-    core = np.float64(0.0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    makers: dict[str, Any] = {
+        "scalar": np.float64(0.0).__reduce__()[0],
+        "_reconstruct": np.zeros(1).__reduce__()[0],
+    }
+    # The first is where they were before numpy 2.
     named = [
-        (made, f"numpy.{place}.multiarray.{made.__name__}")
-        for made in core
+        (maker, f"numpy.{place}.multiarray.{name}")
+        for name, maker in makers.items()
         for place in ("core", "_core")
     ]
     return [

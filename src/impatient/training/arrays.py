@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +44,12 @@ def read_archive(path: Path, expected: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise DataError(f"no data file {path}; expected an npz file with {expected}.")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds a single array, without a name")
+            with archive:
+                return {name: archive[name] for name in archive.files}
     except Exception as error:
         # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error and others.
         raise DataError(
@@ -73,23 +76,22 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str, options: DataOptio
         raise DataError(
             f"{where} lacks {', '.join(missing)}; it contains {', '.join(arrays) or 'nothing'}."
         )
+    _say_unused(arrays, where, options)
+    arrays, names = _numbered(arrays, read_names(arrays.get("class_names")), where)
     train, test = (
         _one_part(inputs[split], arrays, split, where, options) for split in ("train", "test")
     )
     _check_alike(train, test, where)
-    names = read_names(arrays.get("class_names"))
     classes = _are_classes(train.labels)
     if not classes:
         _check_measured(train, test, where, options)
-    elif options.labels == "renumber":
-        train, test, names = _renumbered(train, test, names, where)
     groups = arrays.get("groups_train")
     if groups is not None and groups.shape != train.labels.shape[:1]:
         raise DataError(
             f"{where}: groups_train has shape {groups.shape}; expected one group per training "
             f"example, {tuple(train.labels.shape[:1])}."
         )
-    count = int(max(train.labels.max(), test.labels.max())) + 1 if classes else 0
+    count = _count(train, test, arrays, options) if classes else 0
     return Raw(
         train=train,
         test=test,
@@ -100,12 +102,58 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str, options: DataOptio
     )
 
 
+def _say_unused(arrays: Mapping[str, np.ndarray], where: str, options: DataOptions) -> None:
+    """Name the arrays that nothing here reads."""
+    read = {"class_names", "groups_train"}
+    for split in ("train", "test"):
+        read |= {f"x_{split}", f"y_{split}", f"{options.budget}_{split}"}
+        read |= {name for name in arrays if name.startswith(f"x_{split}.")}
+    unused = [name for name in arrays if name not in read]
+    if unused:
+        log.warning("%s: arrays that are left out: %s", where, ", ".join(unused))
+
+
+def _numbered(
+    arrays: Mapping[str, np.ndarray], names: tuple[str, ...], where: str
+) -> tuple[Mapping[str, np.ndarray], tuple[str, ...]]:
+    """Number labels that are names of classes, in the order of the alphabet or of class_names.
+
+    Returns all arrays, and the names.
+    """
+    labels = {name: arrays[name] for name in ("y_train", "y_test")}
+    if any(each.dtype.kind not in "US" or each.ndim != 1 for each in labels.values()):
+        return arrays, names
+    written = {name: read_names(each) for name, each in labels.items()}
+    found = sorted({label for each in written.values() for label in each})
+    places = {label: place for place, label in enumerate(names or found)}
+    unknown = [label for label in found if label not in places]
+    if unknown:
+        raise DataError(f"{where}: the label {unknown[0]!r} is none of {', '.join(names)}.")
+    numbers = {
+        name: np.array([places[label] for label in each], np.int64)
+        for name, each in written.items()
+    }
+    return {**arrays, **numbers}, names or tuple(found)
+
+
 def _content(parts: Sequence[ArrayExamples], groups: np.ndarray | None) -> str:
     """Fingerprint all arrays of a data set."""
     content = [tensor.numpy().tobytes() for part in parts for tensor in part.tensors()]
     if groups is not None:
         content.append(np.unique(groups, return_inverse=True)[1].tobytes())
     return fingerprint_bytes(*content)
+
+
+def _count(
+    train: ArrayExamples,
+    test: ArrayExamples,
+    arrays: Mapping[str, np.ndarray],
+    options: DataOptions,
+) -> int:
+    """Count the classes, those of one-hot rows by their width."""
+    if options.labels == "onehot":
+        return int(arrays["y_train"].shape[1])
+    return int(max(train.labels.max(), test.labels.max())) + 1
 
 
 def _are_classes(targets: Tensor) -> bool:
@@ -123,9 +171,9 @@ def _check_measured(
             f"{other.dtype} of shape {tuple(other.shape)}; expected the same but for the number of "
             "samples."
         )
-    if options.labels == "renumber":
+    if options.labels != "keep":
         raise DataError(
-            f"{where}: labels={options.labels} is for classes, [N]; targets have shape "
+            f"{where}: labels={options.labels} is for classes; targets are {one.dtype} of shape "
             f"{tuple(one.shape)}. Leave it away."
         )
     log.info("%s: targets of shape %s and type %s", where, tuple(one.shape), one.dtype)
@@ -134,7 +182,7 @@ def _check_measured(
 def read_targets(values: np.ndarray, where: str) -> Tensor:
     """Read targets of one split.
 
-    They are classes [N], numbers [N] or [N, D], or masks [N, H, W].
+    They are classes [N] or [N, 1], numbers [N] or [N, D], or masks [N, H, W].
 
     Raises:
         DataError: if they are no numbers, NaN or infinite, or no plausible classes.
@@ -148,6 +196,8 @@ def read_targets(values: np.ndarray, where: str) -> Tensor:
                 "leave these samples out."
             )
         return torch.from_numpy(values.astype(np.float32))
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
     if values.ndim > 1:
         return torch.from_numpy(values.astype(np.int64))
     if values.min() < 0:
@@ -199,26 +249,6 @@ def _check_alike(train: ArrayExamples, test: ArrayExamples, where: str) -> None:
             )
 
 
-def _renumbered(
-    train: ArrayExamples, test: ArrayExamples, names: tuple[str, ...], where: str
-) -> tuple[ArrayExamples, ArrayExamples, tuple[str, ...]]:
-    """Number the classes that occur anew from 0.
-
-    Those without names are called by their old numbers.
-    """
-    old = torch.cat([train.labels, test.labels]).unique()
-    if names and len(names) != len(old):
-        raise DataError(
-            f"{where}: {len(old)} different labels and {len(names)} class names with "
-            "labels=renumber; expected a name for each label, in their order."
-        )
-    one, other = (
-        dataclasses.replace(part, labels=torch.searchsorted(old, part.labels))
-        for part in (train, test)
-    )
-    return one, other, names or tuple(map(str, old.tolist()))
-
-
 def _one_part(
     inputs: Mapping[str, np.ndarray],
     arrays: Mapping[str, np.ndarray],
@@ -241,11 +271,29 @@ def _one_part(
                 f"{where}: {len(each)} inputs and {len(labels)} labels; expected as many of each, "
                 "and some."
             )
+        if each.size == 0:
+            raise DataError(
+                f"{where}: inputs of shape {each.shape} hold no numbers; expected some per sample."
+            )
     return ArrayExamples(
         inputs=_tree(inputs, where, options),
-        labels=read_targets(labels, where),
+        labels=read_targets(_from_one_hot(labels, where, options), where),
         budgets=_budgets(arrays, split, where, options),
     )
+
+
+def _from_one_hot(labels: np.ndarray, where: str, options: DataOptions) -> np.ndarray:
+    """Give the places of the ones, if that is said."""
+    if options.labels != "onehot":
+        return labels
+    ones = labels == 1
+    if labels.ndim != 2 or not (ones | (labels == 0)).all() or not (ones.sum(1) == 1).all():
+        raise DataError(
+            f"{where}: labels=onehot is for rows of zeros with a single 1, [N, classes]; targets "
+            f"of shape {labels.shape} are none. Leave it away."
+        )
+    places: np.ndarray = ones.argmax(1)
+    return places
 
 
 def _tree(inputs: Mapping[str, np.ndarray], where: str, options: DataOptions) -> Any:

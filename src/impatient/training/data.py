@@ -5,6 +5,7 @@ The validation split is taken from the training examples, by a seed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,6 +220,8 @@ def load_data(
             "text:FILE-OR-DIR or hf:NAME-OR-PATH."
         )
     raw, options = loaders[source](rest)
+    if options.labels == "onehot" and source != "npz":
+        raise DataError(f"{spec}: labels=onehot is for npz files; leave it away.")
     return _finish(spec, raw, options, seed, validation, transform)
 
 
@@ -231,6 +234,8 @@ def _finish(
     transform: Transform | None = None,
 ) -> Data:
     classes = task_of(raw.train.labels) == "classification"
+    if classes and options.labels == "renumber":
+        raw = _renumbered(name, raw)
     if classes:
         _check_labels(name, raw)
     splits = _splits(raw, classes, seed, validation)
@@ -283,6 +288,27 @@ def _check_classes(name: str, raw: Raw) -> None:
             "numbered with gaps or from 1: say labels=renumber. Or there are classes without "
             "examples: name all classes in class_names."
         )
+
+
+def _renumbered(name: str, raw: Raw) -> Raw:
+    """Number the classes that occur anew from 0.
+
+    Those without names are called by their old numbers.
+    """
+    parts = {"train": raw.train, "validation": raw.validation, "test": raw.test}
+    there: dict[str, Any] = {split: part for split, part in parts.items() if part is not None}
+    old = torch.cat([part.labels for part in there.values()]).unique()
+    if raw.named and len(raw.class_names) != len(old):
+        raise DataError(
+            f"{name}: {len(old)} different labels and {len(raw.class_names)} class names with "
+            "labels=renumber; expected a name for each label, in their order."
+        )
+    anew = {
+        split: dataclasses.replace(part, labels=torch.searchsorted(old, part.labels))
+        for split, part in there.items()
+    }
+    names = raw.class_names if raw.named else tuple(map(str, old.tolist()))
+    return dataclasses.replace(raw, class_names=names, **anew)
 
 
 def _check_labels(name: str, raw: Raw) -> None:

@@ -41,7 +41,8 @@ def imagefolder(rest: str, transform: Transform | None = None) -> tuple[Raw, Dat
     if options.masks:
         return map_folders(root, options, transform), options
     options.require_only(*PICTURE_OPTIONS)
-    files = {split: class_files(folder) for split, folder in split_folders(root).items()}
+    folders = split_folders(root)
+    files = {split: class_files(folder) for split, folder in folders.items()}
     classes = sorted({label for found in files.values() for _, label in found})
     if not classes:
         raise DataError(f"no images in {root}; expected train/CLASS/*.png and test/CLASS/*.png.")
@@ -54,7 +55,6 @@ def imagefolder(rest: str, transform: Transform | None = None) -> tuple[Raw, Dat
             "train": [file for file, is_test in both if not is_test],
             "test": [file for file, is_test in both if is_test],
         }
-    folders = split_folders(root)
     paths = {split: [path for path, _ in found] for split, found in files.items()}
     with concurrent.futures.ThreadPoolExecutor(max_workers=8) as threads:
         hashes = {split: list(threads.map(hash_of_file, found)) for split, found in paths.items()}

@@ -16,7 +16,8 @@ from impatient.training.examples import Raw
 from impatient.training.folders import lazy_pictures
 from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
 from impatient.training.pictures import hash_of_file, image_tensor, shown_as, shown_size
-from impatient.training.text import TEXT_OPTIONS, Table, choose_columns, from_tables
+from impatient.training.text import TEXT_OPTIONS, from_tables
+from impatient.training.text_tables import Table, choose_columns
 
 log = logging.getLogger(__name__)
 

@@ -114,7 +114,8 @@ def as_numbers(
     """Convert to float32, uint8 or int64, whichever fits.
 
     Args:
-        ids: integers that are not bytes are token ids or masks; otherwise they are measured.
+        ids: integers that are not bytes, and booleans, are token ids or masks; otherwise they are
+            measured.
         picture: integers are brightness, from 0 to 255 or 65535.
     """
     if np.issubdtype(inputs.dtype, np.floating):
@@ -135,7 +136,7 @@ def as_numbers(
         return inputs
     if picture and inputs.dtype.kind != "b":
         return _brightness(inputs, where)
-    return inputs.astype(np.int64 if ids or inputs.dtype.kind == "b" else np.float32)
+    return inputs.astype(np.int64 if ids else np.float32)
 
 
 def _brightness(inputs: np.ndarray, where: str) -> np.ndarray:

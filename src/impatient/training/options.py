@@ -26,7 +26,8 @@ EXAMPLES = {
     "mean": "mean=0.5 or mean=[0.5,0.4,0.4] (one number, or one per channel)",
     "std": "std=0.25 or std=[0.2,0.2,0.3]",
     "normalise": "normalise=none (numbers pass as they are) or normalise=fit",
-    "labels": "labels=renumber (classes are numbered anew from 0)",
+    "labels": "labels=renumber (classes are numbered anew from 0) or labels=onehot (rows of zeros "
+    "with a single 1 are classes)",
     "budget": "budget=NAME (of the seconds that each sample may take)",
     "masks": "masks=FOLDER (of the maps of classes beside the pictures)",
     "images": "images=FOLDER (of the pictures, beside masks=)",
@@ -50,7 +51,8 @@ class DataOptions:
         std: standard deviation to divide by, one number or one per channel; empty to fit it.
         normalise: "fit" for mean and deviation of the training split, "none" for no change; empty
             for what trained weights expect, or else "fit".
-        labels: "renumber" to number the classes anew from 0; "keep" to take them as they are.
+        labels: "renumber" to number the classes anew from 0; "onehot" for rows of zeros with a
+            single 1, at the place of the class; "keep" to take them as they are.
         budget: name of the column or array of the seconds that each sample may take; empty if
             there is none.
         masks: name of the folders of maps, which hold a class for every pixel; empty if folders
@@ -79,7 +81,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         checks.one_of(DataError, LAYOUTS, layout=self.layout or LAYOUTS[0])
         checks.one_of(DataError, ("fit", "none"), normalise=self.normalise or "fit")
-        checks.one_of(DataError, ("keep", "renumber"), labels=self.labels)
+        checks.one_of(DataError, ("keep", "renumber", "onehot"), labels=self.labels)
         if bool(self.mean) != bool(self.std):
             raise DataError(
                 f"mean={list(self.mean)} and std={list(self.std)}; expected both or none of them. "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ log = logging.getLogger(__name__)
 FIT = Resizing()
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif"),
-    *(".ppm", ".pgm", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".tif", ".tiff", ".jpe", ".jp2", ".avif"),
 )
-TRAIN_FOLDERS = ("train", "training")
-TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+TRAIN_NAMES = ("train", "training")
+# The first that is there is the test split.
+TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev")
 
 
 def read_image(
@@ -170,49 +172,90 @@ def _plain(image: Image.Image, channels: int, name: str) -> Image.Image:
         raise DataError(str(error)) from error
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """Find the folders of the splits by their usual names, in any case.
+def split_folders(root: Path) -> Mapping[str, Path]:
+    """Find the folders of the splits by their names.
 
-    Without a folder for training, the whole folder is for training.
+    Without a folder for training, the whole folder is for training. Folders that are left out are
+    said.
 
     Raises:
         DataError: if two folders could be the same split.
     """
-    found = {name: _named(root, name) for name in (*TRAIN_FOLDERS, *TEST_FOLDERS)}
-    train = [folder for name in TRAIN_FOLDERS for folder in found[name]]
-    tests = [folder for name in TEST_FOLDERS for folder in found[name]]
-    for folders in (train, *found.values()):
-        if len(folders) > 1:
+    folders = {path.name: path for path in _visible(root) if path.is_dir()}
+    # A folder of pictures is a class, whatever it is called.
+    loose = [name for name, path in folders.items() if any(map(Path.is_dir, _visible(path)))]
+    names = split_names(folders, str(root), loose)
+    return {split: folders[name] for split, name in names.items()} or {"train": root}
+
+
+def split_names(names: Collection[str], where: str, loose: Collection[str]) -> Mapping[str, str]:
+    """Find which names are those of the training and the test split, if there are any.
+
+    They are the usual ones in any case, or hold one as a word, as seg_train and seg_test do. Those
+    that are left out are said.
+
+    Args:
+        names: names of folders, or of files without their suffix.
+        where: where they are, in errors.
+        loose: those that may hold the usual name as a word among others.
+    Raises:
+        DataError: if two of them could be the same split.
+    """
+    exact = {name: {name.lower()} for name in names}
+    words = {name: set(re.findall("[a-z]+", name.lower())) for name in loose}
+    train = _only(TRAIN_NAMES, exact, where)
+    if not train and any(own & set(TEST_NAMES) for own in (*exact.values(), *words.values())):
+        train = _only(TRAIN_NAMES, words, where)
+    words.pop(train, None)
+    test = _only(TEST_NAMES, exact, where) or _only(TEST_NAMES, words, where)
+    if not train or not (test or train.lower() in TRAIN_NAMES):
+        return {}
+    chosen = {split: name for split, name in (("train", train), ("test", test)) if name}
+    left = sorted(set(names) - set(chosen.values()))
+    if left:
+        log.warning(
+            "%s: %s; left out: %s",
+            where,
+            " and ".join(f"{name} is the {split} split" for split, name in chosen.items()),
+            ", ".join(left),
+        )
+    return chosen
+
+
+def _only(usual: Sequence[str], words: Mapping[str, set[str]], where: str) -> str:
+    """Give the name with one of the usual words, the first of them that is there, "" if none."""
+    # Training data have one name of two, test data may stand beside those for validation.
+    for kind in [usual] if usual == TRAIN_NAMES else [(word,) for word in usual]:
+        found = [name for name, own in words.items() if own & set(kind)]
+        if len(found) > 1:
             raise DataError(
-                f"{root} has the folders {' and '.join(folder.name for folder in folders)}; "
-                "expected one of them. Rename or join them."
+                f"{where} has {' and '.join(found)}; expected one of them. Rename or join them."
             )
-    if not train:
-        return {"train": root}
-    if len(tests) > 1:
-        others = ", ".join(folder.name for folder in tests[1:])
-        log.warning("%s: %s is the test split; left out: %s", root, tests[0].name, others)
-    return {"train": train[0], **({"test": tests[0]} if tests else {})}
-
-
-def _named(root: Path, name: str) -> list[Path]:
-    return [folder for folder in _visible(root) if folder.name.lower() == name and folder.is_dir()]
+        if found:
+            return found[0]
+    return ""
 
 
 def class_files(folder: Path) -> list[tuple[Path, str]]:
     """List the image files of a split with their classes, which are the names of folders.
 
-    What is hidden is passed over; other files are counted and said.
+    What is hidden is passed over; other files are counted and said, and classes without pictures
+    are named.
     """
     found: list[tuple[Path, str]] = []
     others: Counter[str] = Counter()
+    empty: list[str] = []
     for label in _visible(folder):
-        for path in _below(label, ()) if label.is_dir() else [label]:
-            if label.is_dir() and path.suffix.lower() in IMAGE_SUFFIXES:
-                found.append((path, label.name))
-            else:
-                others[_suffix(path)] += 1
+        inside = _files_in(label) if label.is_dir() else [label]
+        pictures = [
+            path for path in inside if label.is_dir() and path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        found += [(path, label.name) for path in pictures]
+        others.update(_suffix(path) for path in inside if path not in set(pictures))
+        empty += [label.name] if label.is_dir() and not pictures else []
     _say_others(folder, others)
+    if empty:
+        log.warning("%s: folders without pictures are no classes: %s", folder, ", ".join(empty))
     return found
 
 
@@ -221,7 +264,7 @@ def picture_files(folder: Path) -> list[Path]:
 
     Other files are counted and said.
     """
-    files = _below(folder, ())
+    files = _files_in(folder)
     found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     _say_others(folder, Counter(_suffix(path) for path in files if path not in set(found)))
     return found
@@ -237,8 +280,14 @@ def _say_others(folder: Path, others: Counter[str]) -> None:
         log.warning("%s: files that are no pictures of a class are left out: %s", folder, counts)
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """List all files in a folder and below, linked ones too, but none of the folders above it."""
+    above = folder.absolute().parent.resolve()
+    return _below(folder, (above, *above.parents))
+
+
 def _below(folder: Path, above: Sequence[Path]) -> list[Path]:
-    """List all files in a folder, linked ones too, but no folder that contains itself."""
+    """List all files in a folder, but none of those above it that are linked there."""
     here = folder.resolve()
     if here in above:
         return []

@@ -1,4 +1,4 @@
-"""Read tables of texts with their labels, through a tokenizer of transformers."""
+"""Data sets of texts, through a tokenizer of transformers."""
 
 from __future__ import annotations
 
@@ -25,15 +25,12 @@ from impatient.training.examples import (
     rows_of,
 )
 from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
-from impatient.training.pictures import TEST_FOLDERS, TRAIN_FOLDERS
 from impatient.training.splitting import carved_out
+from impatient.training.text_tables import Table, read_table, table_files
 
 log = logging.getLogger(__name__)
 
-TEXT_OPTIONS = ("tokenizer", "text", "label", "length", "budget")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+TEXT_OPTIONS = ("tokenizer", "text", "label", "labels", "length", "budget")
 # Some tokenizers say that any length will do.
 USUAL_LENGTH = 512
 
@@ -78,119 +75,12 @@ class TextExamples(Examples):
         return torch.tensor([len(ids) for ids in self.tokens["input_ids"]])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Rows of one split.
-
-    Attributes:
-        texts: for each column of text, all its rows.
-        labels: numbers or names of the classes.
-        budgets: seconds that each row may take, or None.
-    """
-
-    texts: Sequence[Sequence[str | None]]
-    labels: Sequence[Any]
-    budgets: Sequence[Any] | None = None
-
-
 def text(rest: str) -> tuple[Raw, DataOptions]:
     """Read FILE:options, or DIR:options with train.csv and test.csv (or tsv, jsonl, parquet)."""
     name, options = read_options(rest, TEXT_OPTIONS)
     path = Path(name).expanduser()
-    files = _files(path)
-    tables = {split: _columns(_read(file), options, str(file)) for split, file in files.items()}
+    tables = {split: read_table(file, options) for split, file in table_files(path).items()}
     return from_tables(tables, options, str(path)), options
-
-
-def _files(path: Path) -> dict[str, Path]:
-    if path.is_file():
-        return {"train": path}
-    if not path.is_dir():
-        raise DataError(
-            f"no file or folder {path}; expected a file of the kinds {', '.join(SUFFIXES)}, or a "
-            "folder with train and test as such files."
-        )
-    found = {
-        file.stem.lower(): file
-        for file in sorted(path.iterdir())
-        if file.suffix.lower() in SUFFIXES and file.is_file()
-    }
-    train = [found[name] for name in TRAIN_FOLDERS if name in found]
-    test = [found[name] for name in (*TEST_FOLDERS, "dev") if name in found]
-    if len(train) != 1:
-        raise DataError(
-            f"{path} has the tables {', '.join(found) or 'none'}; expected one named train, and "
-            f"test or validation, of the kinds {', '.join(SUFFIXES)}."
-        )
-    if len(test) > 1:
-        others = ", ".join(file.name for file in test[1:])
-        log.warning("%s: %s is the test split; left out: %s", path, test[0].name, others)
-    return {"train": train[0], **({"test": test[0]} if test else {})}
-
-
-def _read(file: Path) -> Any:
-    """Read a file as an Arrow table."""
-    try:
-        import pyarrow
-        from pyarrow import csv, json, parquet
-    except ImportError as error:
-        raise DataError(
-            "text: needs the package pyarrow. Install it with: pip install pyarrow."
-        ) from error
-    suffix = file.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            return parquet.read_table(file)
-        if suffix == ".jsonl":
-            return json.read_json(file)
-        if suffix in (".csv", ".tsv"):
-            tabs = suffix == ".tsv"
-            # Quotes in a tsv file are part of the text.
-            parse = csv.ParseOptions(
-                delimiter="\t" if tabs else ",",
-                quote_char=False if tabs else '"',
-                newlines_in_values=not tabs,
-            )
-            return csv.read_csv(file, parse_options=parse)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as {suffix}: {error}") from error
-    raise DataError(f"{file} is of the kind {suffix!r}; expected {', '.join(SUFFIXES)}.")
-
-
-def _columns(table: Any, options: DataOptions, where: str) -> Table:
-    try:
-        names = table.column_names
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} has names of columns that are not UTF-8 ({error}); save the file as UTF-8."
-        ) from error
-    texts, label = choose_columns(names, options, where)
-    return Table(
-        texts=[table[name].to_pylist() for name in texts],
-        labels=table[label].to_pylist(),
-        budgets=table[options.budget].to_pylist() if options.budget else None,
-    )
-
-
-def choose_columns(
-    names: Sequence[str], options: DataOptions, where: str
-) -> tuple[Sequence[str], str]:
-    """Return the columns of text, and that of the labels.
-
-    Raises:
-        DataError: if a named column is missing, or none or several have a usual name.
-    """
-    texts = options.text.split("+") if options.text else [n for n in names if n in TEXT_COLUMNS]
-    labels = [options.label] if options.label else [n for n in names if n in LABEL_COLUMNS]
-    budget = [options.budget] if options.budget else []
-    absent = [name for name in (*texts, *labels, *budget) if name not in names]
-    if absent or len(labels) != 1 or not texts or (len(texts) != 1 and not options.text):
-        raise DataError(
-            f"{where} has the columns {', '.join(names)}; expected one of text and one of labels"
-            f"{f', and no {absent[0]!r} is there' if absent else ''}. Name them, such as "
-            "text=review,label=stars (pairs of texts: text=question+answer)."
-        )
-    return texts, labels[0]
 
 
 def from_tables(

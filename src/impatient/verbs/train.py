@@ -68,6 +68,11 @@ Head = Literal[
 
 
 CutEngine = Literal["eager", "compile", "onnxruntime", "openvino", "aoti"]
+# How targets may be meant that look like those of another task.
+OR_CLASSES = {
+    "regression": " If the numbers are classes, save them as integers.",
+    "multi_label": " If each row has a single 1, at its class, say labels=onehot in --data.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,6 +374,8 @@ def _check_targets(options: TrainOptions, data: impatient.Data) -> None:
         except TaskError as error:
             hint = data.task_hint
             said = f" They look like {hint}: say --task {hint}." if hint else ""
+            if impatient.tasks.is_classification(task.name):
+                said += OR_CLASSES.get(hint, "")
             raise TaskError(
                 f"--task {task.name}, but {options.data} has in its split {split} {error}{said}"
             ) from error
