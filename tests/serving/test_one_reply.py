@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -146,6 +147,43 @@ def test_numbers_that_overflow_fail_alone() -> None:
     network = Gated()
     with torch.no_grad():
         network.stages[0].weight.fill_(1e3)
+    in_service(network, asked)
+
+
+def test_stages_follow_each_other_while_the_event_loop_is_held() -> None:
+    network = Gated()
+
+    async def asked(service: Service) -> None:
+        last = threading.Event()
+        network.at[2] = last.set
+        asking = asyncio.ensure_future(events_of(service, [1, 2, 3, 4], streamed=True))
+        while not service.scheduler.waiting:
+            await asyncio.sleep(0)
+        # held until the last stage begins, for which nobody asks the loop
+        assert last.wait(20)
+        assert [event.exit for event in await asking] == [0, 1, 2, 2]
+
+    in_service(network, asked)
+
+
+def test_a_request_that_comes_meanwhile_waits_for_one_stage() -> None:
+    network = Gated()
+    ran = []
+
+    async def asked(service: Service) -> None:
+        held, begun = threading.Event(), threading.Event()
+        network.at = {index: functools.partial(ran.append, index) for index in range(3)}
+        network.at[1] = lambda: (ran.append(1), begun.set(), held.wait(20))
+        first = asyncio.ensure_future(events_of(service, [1, 2, 3, 4]))
+        await asyncio.to_thread(begun.wait, 20)
+        second = asyncio.ensure_future(events_of(service, [4, 3, 2, 1]))
+        while service.scheduler.waiting < 2:
+            await asyncio.sleep(0)
+        held.set()
+        assert [(await one)[-1].exit for one in (first, second)] == [2, 2]
+        # its first exit gains more per second than the last of the other
+        assert ran[:3] == [0, 1, 0]
+
     in_service(network, asked)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import itertools
 import logging
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,13 +140,33 @@ class _Call:
     inputs: Inputs
     streamed: bool
     # What the caller has not taken yet; one that streams gets every exit.
-    events: asyncio.Queue[Answered | Refuse] = field(default_factory=asyncio.Queue)
+    events: collections.deque[Answered | Refuse] = field(default_factory=collections.deque)
+    waiter: asyncio.Future[None] | None = None
     latest: Answered | None = None
     group: int | None = None
+    replied: bool = False
+
+    def put(self, event: Answered | Refuse) -> None:
+        """Give the caller an event."""
+        self.events.append(event)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def next(self) -> Answered | Refuse:
+        """Wait for the next event."""
+        while not self.events:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        return self.events.popleft()
 
 
 class Service:
     """Answers requests for several models, each by its deadline.
+
+    The scheduler is asked under a lock, on the event loop when a request comes or goes, and in the
+    inference thread when work is done. So the thread goes on with the next stage without waiting
+    for the loop, and a request costs one hand-over each way, not one per stage. The lock is never
+    held while a network runs.
 
     Args:
         hosted: the networks.
@@ -175,16 +197,20 @@ class Service:
             reserve_s=RESERVE_S,
             max_waiting=self.limits.waiting,
         )
+        # Guards the scheduler and the six attributes below it.
+        self._lock = threading.Lock()
         self._calls: dict[int, _Call] = {}
         self._members: dict[int, set[int]] = {}
         self._over: list[int] = []
-        self._numbers = itertools.count()
-        self._lateness = collections.deque([0.0] * 100, maxlen=100)
-        self._timer: asyncio.TimerHandle | None = None
         self._began = 0.0
         self._working: Work | None = None
+        # the instant for which the timer is set
+        self._due = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._numbers = itertools.count()
+        self._lateness = collections.deque([0.0] * 100, maxlen=100)
         self.clock = SYSTEM_CLOCK
-        self.heartbeat = Heartbeat(self._replace_hanging)
+        self.heartbeat = Heartbeat(self._leave_hanging)
         self._hanging: list[InferenceThread] = []
 
     async def start(self) -> None:
@@ -198,7 +224,7 @@ class Service:
         return InferenceThread(
             {name: one.network for name, one in self.hosted.items()},
             {name: one.prepared for name, one in self.hosted.items()},
-            self._report,
+            self._finished,
             warm_up,
         )
 
@@ -214,20 +240,31 @@ class Service:
             HANG_S, 20.0 * work.seconds
         )
 
-    def _replace_hanging(self) -> None:
+    def _leave_hanging(self) -> None:
+        """Wait no longer for a network that hangs."""
+        if self._stuck:
+            self._replace_thread()
+        bound = self.clock.now() - HANG_S
+        for call in list(self._calls.values()):
+            if call.request.deadline < bound and not call.replied:
+                self._reply(Refuse(request=call.request.id, why="failed"))
+                self._tell(functools.partial(self.scheduler.cancelled, call.request.id))
+
+    def _replace_thread(self) -> None:
         """Go on with another thread, if there are not too many that hang."""
-        work = self._working
-        if work is None or not self._stuck:
-            return
         self._hanging = [thread for thread in self._hanging if thread.alive]
         if len(self._hanging) >= MOST_HANGING:
+            return
+        with self._lock:
+            work, self._working = self._working, None
+        if work is None:
+            # It has come back just now.
             return
         log.error("the model %s hangs; another thread goes on", work.model)
         self._thread.abandon()
         self._hanging.append(self._thread)
         self._thread = self._new_thread({})
-        self._working = None
-        self._take(self.scheduler.failed(work, self.clock.now()))
+        self._tell(functools.partial(self.scheduler.failed, work))
 
     @property
     def overloaded(self) -> bool:
@@ -294,15 +331,20 @@ class Service:
         call = _Call(request, inputs, streamed)
         self._calls[request.id] = call
         try:
-            self._take(self.scheduler.arrived(request, self.clock.now()))
+            self._tell(functools.partial(self.scheduler.arrived, request))
+            # Now, so that the inference thread need not ask for it when there is an answer.
+            self._wake_at(request.deadline - self.scheduler.reserve_s)
             while True:
-                event = await self._next(call)
+                event = await call.next()
                 yield event
                 if isinstance(event, Refuse) or event.stopped_by:
                     return
         finally:
-            if self._calls.pop(request.id, None) is not None and self._forget(call):
-                self._take(self.scheduler.cancelled(request.id, self.clock.now()))
+            if not call.replied:
+                self.counters[model].cancelled += 1
+                self._tell(functools.partial(self.scheduler.cancelled, request.id))
+                self._forget(call)
+            del self._calls[request.id]
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -310,7 +352,7 @@ class Service:
 
     def end(self) -> None:
         """Give all requests the answers they have."""
-        self._take(self.scheduler.end(self.clock.now()))
+        self._tell(self.scheduler.end)
 
     async def drained(self, most_s: float) -> bool:
         """Wait until all requests have their replies.
@@ -318,9 +360,13 @@ class Service:
         Tells whether they do in time.
         """
         end = self.clock.now() + most_s
-        while self.scheduler.waiting and self.clock.now() < end:
+        while self._open and self.clock.now() < end:
             await asyncio.sleep(0.01)
-        return not self.scheduler.waiting
+        return not self._open
+
+    @property
+    def _open(self) -> bool:
+        return any(not call.replied for call in self._calls.values())
 
     def stop(self) -> None:
         """End the inference thread."""
@@ -329,58 +375,50 @@ class Service:
         self.heartbeat.stop()
         self._thread.stop(1.0)
 
-    async def _next(self, call: _Call) -> Answered | Refuse:
-        """Wait for the next event of a call.
-
-        A network that hangs is not waited for.
-        """
-        left_s = call.request.deadline - self.clock.now()
-        try:
-            async with asyncio.timeout(max(left_s, 0.0) + HANG_S):
-                return await call.events.get()
-        except TimeoutError:
-            self.counters[call.request.model].refusals["failed"] += 1
-            self._take(self.scheduler.cancelled(call.request.id, self.clock.now()))
-            self._forget(call)
-            return Refuse(request=call.request.id, why="failed")
-
-    def _forget(self, call: _Call) -> bool:
-        """Let a call go whose reply nobody waits for.
-
-        Tells whether it had none.
-        """
-        if call.group is not None:
+    def _forget(self, call: _Call) -> None:
+        """Let a call go that has its reply, or whose caller has gone."""
+        with self._lock:
+            if call.group is None:
+                return
             members = self._members.get(call.group, set())
             members.discard(call.request.id)
             if not members and self._members.pop(call.group, None) is not None:
                 self._over.append(call.group)
-        open_ = self.scheduler.holds(call.request.id)
-        if open_:
-            self.counters[call.request.model].cancelled += 1
-        return open_
 
-    def _report(self, done: Done) -> None:
-        """Hand a result from the inference thread to the event loop."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._finished, done)
+    def _finished(self, done: Done) -> Job | None:
+        """Take in what a work gave, in the inference thread, and return what it does next."""
+        with self._lock:
+            if done.work is not self._working:
+                # from a thread that was taken to hang
+                return None
+            now = self.clock.now()
+            self._count(done, now)
+            self._working = None
+            passed = [] if done.error else self._passed(done, now)
+            if done.error:
+                actions = self.scheduler.failed(done.work, now)
+            else:
+                actions = self.scheduler.finished(done.work, done.scores, now, done.failed)
+            job, replies = self._begun(actions)
+            due = self.scheduler.next_tick(now)
+            sooner = due < self._due
+        if (passed or replies or sooner) and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, passed, replies, due)
+        return job
 
-    def _finished(self, done: Done) -> None:
-        if done.work is not self._working:
-            # from a thread that was taken to hang
-            return
-        now = self.clock.now()
-        self._working = None
+    def _count(self, done: Done, now: float) -> None:
         counters = self.counters[done.work.model]
         counters.works += 1
         counters.rows += sum(len(output) for output in done.outputs.values())
         counters.busy_s += now - self._began
-        if done.error:
-            self._take(self.scheduler.failed(done.work, now))
-            return
+
+    def _passed(self, done: Done, now: float) -> list[tuple[_Call, Answered]]:
+        """Keep what a work gave, and return what callers are told of it on the way."""
+        streamed = []
         for name, output in done.outputs.items():
-            call = self._calls.get(name)
-            if call is None or not self.scheduler.holds(name):
+            if not self.scheduler.holds(name):
                 continue
+            call = self._calls[name]
             call.latest = Answered(
                 output=output,
                 exit=done.work.last,
@@ -388,32 +426,64 @@ class Service:
                 score=done.scores[name],
             )
             if call.streamed:
-                call.events.put_nowait(call.latest)
-        self._take(self.scheduler.finished(done.work, done.scores, now, done.failed))
+                streamed.append((call, call.latest))
+        return streamed
 
-    def _tick(self, due: float) -> None:
+    def _deliver(
+        self,
+        passed: Sequence[tuple[_Call, Answered]],
+        replies: Sequence[Reply | Refuse],
+        due: float,
+    ) -> None:
+        """Hand on what the inference thread found, on the event loop."""
+        for call, answered in passed:
+            if not call.replied:
+                call.put(answered)
+        for reply in replies:
+            self._reply(reply)
+        self._wake_at(due)
+
+    def _tick(self) -> None:
+        due, self._due, self._timer = self._due, math.inf, None
         late_s = min(max(0.0, self.clock.now() - due), MOST_LATE_S)
         self._lateness.append(late_s)
         # The largest but one of the latest hundred, as one that stands alone says nothing.
         self.scheduler.reserve_s = RESERVE_S + sorted(self._lateness)[-2]
-        self._take(self.scheduler.tick(self.clock.now()))
+        self._tell(self.scheduler.tick)
 
-    def _take(self, actions: Sequence[Action]) -> None:
-        """Carry out the scheduler's actions, and set the alarm for its next tick."""
-        for action in actions:
-            if isinstance(action, Work):
-                self._do(action)
-            else:
-                self._reply(action)
+    def _tell(self, event: Callable[[float], Sequence[Action]]) -> None:
+        """Tell the scheduler of an event, and do what it says, on the event loop."""
+        with self._lock:
+            now = self.clock.now()
+            job, replies = self._begun(event(now))
+            due = self.scheduler.next_tick(now)
+        if job is not None:
+            self._thread.do(job)
+        for reply in replies:
+            self._reply(reply)
+        self._wake_at(due)
+
+    def _wake_at(self, due: float) -> None:
+        """Set the timer, unless it wakes the loop sooner anyway."""
+        if due >= self._due:
+            return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        now = self.clock.now()
-        due = self.scheduler.next_tick(now)
-        if math.isfinite(due):
-            self._timer = self._loop.call_later(max(0.0, due - now), self._tick, due)
+        self._due = due
+        self._timer = self._loop.call_later(max(0.0, due - self.clock.now()), self._tick)
 
-    def _do(self, work: Work) -> None:
+    def _begun(self, actions: Sequence[Action]) -> tuple[Job | None, list[Reply | Refuse]]:
+        """Make a job of the work among some actions, and return the replies among them."""
+        job = None
+        replies = []
+        for action in actions:
+            if isinstance(action, Work):
+                job = self._job(action)
+            else:
+                replies.append(action)
+        return job, replies
+
+    def _job(self, work: Work) -> Job:
         calls = [self._calls[name] for name in work.requests]
         if work.first == 0:
             self._members[work.group] = set(work.requests)
@@ -422,19 +492,18 @@ class Service:
         over, self._over = tuple(self._over), []
         self._working = work
         self._began = self.clock.now()
-        self._thread.do(
-            Job(
-                work=work,
-                inputs={call.request.id: call.inputs for call in calls} if work.first == 0 else {},
-                rows={call.request.id: call.request.rows for call in calls},
-                over=over,
-            )
+        return Job(
+            work=work,
+            inputs={call.request.id: call.inputs for call in calls} if work.first == 0 else {},
+            rows={call.request.id: call.request.rows for call in calls},
+            over=over,
         )
 
     def _reply(self, action: Reply | Refuse) -> None:
         call = self._calls.get(action.request)
-        if call is None:
+        if call is None or call.replied:
             return
+        call.replied = True
         now = self.clock.now()
         elapsed_s = now - call.request.arrival
         counters = self.counters[call.request.model]
@@ -463,7 +532,7 @@ class Service:
         in_time = isinstance(event, Answered) and event.in_time
         budget_s = call.request.deadline - call.request.arrival
         self.recent.append((now, budget_s, elapsed_s, exit, in_time, call.request.model))
-        call.events.put_nowait(event)
+        call.put(event)
         self._forget(call)
 
     def metrics(self) -> str:

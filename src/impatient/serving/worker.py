@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from impatient.anytime import Network, Run
+from impatient.anytime import Exit, Network, Run
 from impatient.errors import ServingError
 from impatient.serving.scheduler import Work
 from impatient.serving.tensors import Inputs
@@ -57,31 +58,47 @@ class Done:
     error: str = ""
 
 
+# what an exit gives a request: outputs, shape [rows, C], and how sure the least sure one looks
+Found = tuple[np.ndarray, float]
+
+
 class _Batch:
     """A batch in flight: a run, and which requests have which of its rows."""
 
     def __init__(self, network: Network, x: Any, rows: Mapping[int, int]) -> None:
         self.network = network
+        self.score = network.task.score(network.task.default_score)
         self.x = x
         self.rows = rows
         self.run: Run = network.exits(x)
         self.shrinks = network.shrinks(x)
         self.places = _places(rows)
 
-    def to(self, exit: int, requests: tuple[int, ...]) -> dict[int, torch.Tensor]:
-        """Compute the output of an exit for some requests."""
+    def to(self, exit: int, requests: tuple[int, ...]) -> dict[int, Found]:
+        """Compute what an exit gives some requests."""
         self._keep(requests)
         for one in self.run:
             if one.index == exit:
-                output = one.output()
-                return {request: output[self.places[request]] for request in requests}
+                return self.found(one, requests)
         raise ServingError(f"this input never came to exit {exit}.")
+
+    def found(self, exit: Exit, requests: tuple[int, ...]) -> dict[int, Found]:
+        """Compute the head of an exit, for the whole batch, and divide what it gives."""
+        output = exit.output().float()
+        sure = self.score(output).numpy()
+        # The network may write over what it gave.
+        whole = output.numpy().copy()
+        places = {request: self.places[request] for request in requests}
+        return {
+            request: (whole[place], float(sure[place].min())) for request, place in places.items()
+        }
 
     def _keep(self, requests: tuple[int, ...]) -> None:
         """Go on with these requests, with fewer rows if the network can."""
         if len(requests) == len(self.places) or not self.shrinks:
             return
-        kept = [place for request in requests for place in self.places[request]]
+        rows = range(sum(self.rows[request] for request in self.places))
+        kept = [row for request in requests for row in rows[self.places[request]]]
         self.run.keep(torch.tensor(kept))
         self.places = _places({request: self.rows[request] for request in requests})
 
@@ -90,12 +107,11 @@ class _Batch:
 
     def apart(self) -> _Apart:
         """Begin each request anew, alone."""
-        return _Apart(
-            {
-                request: _Batch(self.network, take(self.x, places), {request: len(places)})
-                for request, places in _places(self.rows).items()
-            }
-        )
+        alone = {}
+        for request, place in _places(self.rows).items():
+            part = take(self.x, range(place.start, place.stop))
+            alone[request] = _Batch(self.network, part, {request: self.rows[request]})
+        return _Apart(alone)
 
 
 class _Apart:
@@ -104,25 +120,28 @@ class _Apart:
     def __init__(self, batches: Mapping[int, _Batch]) -> None:
         self._batches = batches
 
-    def to(self, exit: int, requests: tuple[int, ...]) -> dict[int, torch.Tensor]:
-        """Compute the output of an exit for those requests for which it can be."""
-        outputs: dict[int, torch.Tensor] = {}
+    def to(self, exit: int, requests: tuple[int, ...]) -> dict[int, Found]:
+        """Compute what an exit gives those requests for which it can be computed."""
+        found: dict[int, Found] = {}
         for request in requests:
             try:
-                outputs |= self._batches[request].to(exit, (request,))
+                found |= self._batches[request].to(exit, (request,))
             except Exception:
                 log.exception("the network failed on one request of several")
-        return outputs
+        return found
 
     def close(self) -> None:
         for batch in self._batches.values():
             batch.close()
 
 
-def _places(rows: Mapping[int, int]) -> dict[int, list[int]]:
+def _places(rows: Mapping[int, int]) -> dict[int, slice]:
     """Return the rows of each request in a batch."""
-    numbers = iter(range(sum(rows.values())))
-    return {request: [next(numbers) for _ in range(count)] for request, count in rows.items()}
+    ends = itertools.accumulate(rows.values())
+    return {
+        request: slice(end - count, end)
+        for (request, count), end in zip(rows.items(), ends, strict=True)
+    }
 
 
 class InferenceThread:
@@ -131,7 +150,8 @@ class InferenceThread:
     Args:
         networks: the networks by name, in eval mode.
         prepared: how raw samples of some requests become the input of each.
-        report: called in that thread with what each work gave.
+        next_job: called in that thread with what each work gave; it returns the job that the thread
+            does next, or None to wait for one.
         warm_up: raw inputs that each network is run on before the first work.
     """
 
@@ -139,14 +159,14 @@ class InferenceThread:
         self,
         networks: Mapping[str, Network],
         prepared: Mapping[str, Callable[[Sequence[Inputs]], Any]],
-        report: Callable[[Done], None],
+        next_job: Callable[[Done], Job | None],
         warm_up: Mapping[str, tuple[Inputs, ...]],
     ) -> None:
         self._networks = networks
         self._warm_up = warm_up
         self.warmed = threading.Event()
         self._prepared = prepared
-        self._report = report
+        self._next_job = next_job
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._batches: dict[int, _Batch | _Apart] = {}
         self._thread = threading.Thread(target=self._loop, name="inference", daemon=True)
@@ -179,11 +199,21 @@ class InferenceThread:
         self._warm()
         self.warmed.set()
         while (job := self._jobs.get()) is not None:
-            for group in job.over:
-                self._close(group)
-            self._report(self._done(job))
+            while job is not None:
+                job = self._after(job)
         for group in list(self._batches):
             self._close(group)
+
+    def _after(self, job: Job) -> Job | None:
+        """Do a job, and return the one that follows on it at once, if there is any."""
+        for group in job.over:
+            self._close(group)
+        try:
+            return self._next_job(self._done(job))
+        except Exception:
+            # such as from a rule of somebody's own
+            log.exception("nothing follows on work of the model %s", job.work.model)
+            return None
 
     def _warm(self) -> None:
         for name, inputs in self._warm_up.items():
@@ -198,14 +228,10 @@ class InferenceThread:
         """Run as requests do: the first time, a network also tries out whether it shrinks."""
         x = self._prepared[name]([raw])
         rows = len(next(iter(raw.values())))
-        with _Batch(self._networks[name], x, {0: rows}).run as run:
-            for exit in run:
-                self._sure(name, exit.output())
-
-    def _sure(self, name: str, output: torch.Tensor) -> torch.Tensor:
-        """Compute how sure each sample's output looks, by the default score of the task."""
-        task = self._networks[name].task
-        return task.score(task.default_score)(output)
+        batch = _Batch(self._networks[name], x, {0: rows})
+        with batch.run:
+            for exit in batch.run:
+                batch.found(exit, (0,))
 
     def _close(self, group: int) -> None:
         batch = self._batches.pop(group, None)
@@ -228,26 +254,17 @@ class InferenceThread:
         work = job.work
         if work.first == 0:
             self._begin(job)
-        outputs = self._outputs(work)
-        finite = {
-            request: output.float()
-            for request, output in outputs.items()
-            if torch.isfinite(output).all()
-        }
-        if not finite:
+        outputs = {}
+        scores = {}
+        for request, (output, score) in self._found(work).items():
+            if np.isfinite(output).all():
+                outputs[request], scores[request] = output, score
+        if not outputs:
             raise ServingError(f"exit {work.last} gave no finite outputs.")
-        sure = self._sure(work.model, torch.cat(list(finite.values())))
-        parts = sure.split([len(output) for output in finite.values()])
-        return Done(
-            work=work,
-            outputs={request: output.numpy() for request, output in finite.items()},
-            scores={
-                request: float(part.min()) for request, part in zip(finite, parts, strict=True)
-            },
-            failed=frozenset(work.requests) - finite.keys(),
-        )
+        failed = frozenset(work.requests) - outputs.keys()
+        return Done(work=work, outputs=outputs, scores=scores, failed=failed)
 
-    def _outputs(self, work: Work) -> dict[int, torch.Tensor]:
+    def _found(self, work: Work) -> dict[int, Found]:
         """Run a batch, or one that fails request by request, since one of them may be why."""
         batch = self._batches[work.group]
         try:
