@@ -51,11 +51,17 @@ class Finder(nn.Module):
 
 
 class Cleaner(nn.Module):
-    """A loop that makes a picture a little cleaner at every turn."""
+    """A loop that makes a picture a little cleaner at every turn.
 
-    def __init__(self, turns: int = 5, width: int = 16) -> None:
+    Each turn adds a correction to the last picture, or, with `anew`, to the noisy one. The same
+    layers make all turns, so that corrections which add up go too far at the last turns where the
+    first ones are to be large.
+    """
+
+    def __init__(self, turns: int = 5, width: int = 16, anew: bool = False) -> None:
         super().__init__()
         self.turns = turns
+        self.anew = anew
         self.begin = nn.Conv2d(3, width, 3, padding=1)
         self.look = nn.Conv2d(width + 3, width, 3, padding=1)
         self.change = nn.Conv2d(width, 3, 3, padding=1)
@@ -66,5 +72,5 @@ class Cleaner(nn.Module):
         state = self.begin(noisy)
         for _ in range(self.turns):
             state = state + self.look(torch.cat([picture, state], 1)).relu()
-            picture = self.turn(picture + self.change(state))
+            picture = self.turn((noisy if self.anew else picture) + self.change(state))
         return picture

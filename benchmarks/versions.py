@@ -4,7 +4,7 @@
     python benchmarks/versions.py OLD_CHECKOUT
     # seconds, to see that it runs
     python benchmarks/versions.py OLD_CHECKOUT --smoke
-    # only recording, fitting and judging, or only running; other rows of the page stay
+    # only recording, fitting and judging, about 4 minutes; other rows of the page stay
     python benchmarks/versions.py OLD_CHECKOUT --only judging
 
 Three processes, one with the old code and two with the new, work in turn; their order goes through

@@ -125,3 +125,15 @@ def test_bolder_thresholds_that_lose_nothing_are_named():
     assert "Policy mine could be" in sentence
     assert "times as bold and lose nothing on these samples" in sentence
     assert sentences(bold) == ()
+
+
+def test_a_last_exit_that_the_early_ones_hold_back_is_told_what_helps():
+    def words(alone):
+        trained = recording_of(*sure([alone], [[0.9] * 100]), split="test")
+        return said([[1] * 60 + [0] * 40] * 3, [NONE_EARLY], exit_free=trained)
+
+    helped = words([1] * 95 + [0] * 5)
+    assert "The last exit reaches 60.0 %, the network without exits 95.0 % when" in helped
+    assert "--weights half_end" in helped
+    # within what chance explains
+    assert "hold it back" not in words([1] * 65 + [0] * 35)

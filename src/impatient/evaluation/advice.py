@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from impatient.budgets import Budget
 from impatient.costs import CostProfile
-from impatient.evaluation.evaluate import Evaluation
+from impatient.evaluation.evaluate import TRAINED_ALONE, Evaluation
 from impatient.evaluation.payload import Family
 from impatient.evaluation.recording import Recording
 from impatient.evaluation.vectorised import judge_policies
@@ -44,6 +44,7 @@ def advice(
             _too_late(evaluation, budget),
             _beaten_by_others(evaluation),
             _useless_exits(evaluation),
+            _held_back(evaluation),
             _noise(costs),
         )
     )
@@ -186,6 +187,19 @@ def _useless_exits(evaluation: Evaluation) -> Iterator[str]:
             f"{_exits(unused).capitalize()} never answer{'s' if len(unused) == 1 else ''} under "
             f"any policy: if no deadline needs {_them(unused)}, leave {_them(unused)} out."
         )
+
+
+def _held_back(evaluation: Evaluation) -> Iterator[str]:
+    """Say what helps a last exit that the early ones cost quality."""
+    last = evaluation.of("exit")[-1].accuracy
+    for row in evaluation.of("exit_free"):
+        if row.name == TRAINED_ALONE and last.high < row.accuracy.low:
+            yield (
+                f"The last exit reaches {percent(last.value)}, the network without exits "
+                f"{percent(row.accuracy.value)} when trained alone: early exits hold it back. "
+                "Train longer (`--epochs`), or give the last exit half of the weight "
+                "(`--weights half_end`)."
+            )
 
 
 def _them(numbers: Sequence[int]) -> str:

@@ -33,6 +33,8 @@ from impatient.tasks.classification import top_of, top_probability
 # what one way to answer gets of each sample, under budgets
 ExpectedHits = Callable[[Budget | SampleBudgets], Tensor]
 Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
+# the name of the network that was trained without exits
+TRAINED_ALONE = "no exits, trained alone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +211,7 @@ def evaluate(
     if same_weights:
         once["no exits, same weights"] = ("exit_free", untouched(recording=recording))
     if exit_free is not None:
-        once["no exits, trained alone"] = ("exit_free", untouched(recording=exit_free))
+        once[TRAINED_ALONE] = ("exit_free", untouched(recording=exit_free))
     once |= {name: ("static", other) for name, other in (static or {}).items()}
     for _, other in once.values():
         _check_same_split(other.recording, recording)
