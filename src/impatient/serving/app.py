@@ -16,7 +16,6 @@ import json
 import logging
 import re
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -309,13 +308,16 @@ class App:
         if refused is not None:
             await _send(caller.send, _refusal(refused))
             return
-        async with self.bodies.body(caller.headers, caller.receive) as (body, length):
+        with self.bodies.holding() as holding:
+            body, length = await self.bodies.read(caller.headers, caller.receive, holding)
             request = read_request(body, length, hosted.input)
             await self._reply(hosted, request, caller, streamed=what == "stream")
 
     async def _reply(
         self, hosted: Hosted, request: InferRequest, caller: Caller, *, streamed: bool
     ) -> None:
+        # When the caller goes, the request is cancelled.
+        gone = asyncio.ensure_future(_gone(caller.receive))
         answers = self.service.answers(
             hosted.model.name,
             request.inputs,
@@ -324,16 +326,20 @@ class App:
             priority=priority_of(request.parameters),
             best_effort=flag_of(request.parameters, "best_effort"),
             streamed=streamed,
+            gone=gone,
         )
-        async with contextlib.aclosing(_until_gone(answers, caller.receive)) as events:
+        try:
             if streamed:
-                await self._stream(hosted, request, events, caller.send)
+                await self._stream(hosted, request, answers, caller.send)
                 return
-            async for event in events:
+            async for event in answers:
                 await _send(caller.send, _final(hosted, request, event))
                 if log.isEnabledFor(logging.INFO):
                     told = {"model": hosted.model.name, "id": request.id, **facts(event, hosted)}
                     log.info("%s", json.dumps(told))
+        finally:
+            gone.cancel()
+            await answers.aclose()
 
     async def _stream(
         self,
@@ -361,36 +367,10 @@ class App:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _until_gone(
-    answers: AsyncGenerator[Answered | Refuse], receive: Receive
-) -> AsyncGenerator[Answered | Refuse]:
-    """Give answers as long as the caller is there.
-
-    When it goes, the request is cancelled.
-    """
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    watch = asyncio.ensure_future(gone())
-    waits: asyncio.Future[Answered | Refuse] | None = None
-    try:
-        while True:
-            waits = asyncio.ensure_future(anext(answers))
-            await asyncio.wait({waits, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not waits.done():
-                raise Gone
-            try:
-                yield waits.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        watch.cancel()
-        if waits is not None and not waits.done():
-            waits.cancel()
-            # It ends at once, and with it the request.
-            await asyncio.wait({waits})
+async def _gone(receive: Receive) -> None:
+    """Wait until the caller goes."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def facts(event: Answered | Refuse, hosted: Hosted) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, Self
 
 from impatient.errors import BadRequest
 from impatient.serving.json_reader import JsonReader
@@ -15,6 +14,20 @@ from impatient.serving.service import Limits
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
+
+
+class Holding:
+    """The bytes of a body that are held while it is read and answered."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self.size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bodies.let_go(self.size)
 
 
 class Bodies:
@@ -29,44 +42,52 @@ class Bodies:
         self._held = 0
         self.reader = JsonReader()
 
-    @contextlib.asynccontextmanager
-    async def body(
-        self, headers: Mapping[str, str], receive: Receive
-    ) -> AsyncIterator[tuple[bytes, int | None]]:
-        """Read a body, and hold it.
+    def holding(self) -> Holding:
+        """Begin to hold a body, as a context in which it is read and answered."""
+        return Holding(self)
 
-        Yields:
+    async def read(
+        self, headers: Mapping[str, str], receive: Receive, holding: Holding
+    ) -> tuple[bytes, int | None]:
+        """Read a body that is held.
+
+        Returns:
             The body, and the length of the JSON at its beginning; None if it is all of it.
 
         Raises:
             StatusError: if it is too large, or does not come within the longest deadline.
             Gone: if the caller goes meanwhile.
         """
-        chunks: list[bytes] = []
-        try:
-            yield await self._read(headers, receive, chunks)
-        finally:
-            self._held -= sum(map(len, chunks))
-
-    async def _read(
-        self, headers: Mapping[str, str], receive: Receive, chunks: list[bytes]
-    ) -> tuple[bytes, int | None]:
         length = _json_length(headers)
         self._check_head(headers)
-        size = 0
         try:
             async with asyncio.timeout(self._limits.most_s):
-                async for chunk in _chunks(receive):
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    self._held += len(chunk)
-                    self._check(size)
-                # The pieces are not kept beside the whole.
-                chunks[:] = [b"".join(chunks)]
-                return await self._small(chunks[0], length)
+                body = await self._whole(receive, holding)
+                return await self._small(body, length)
         except TimeoutError:
             text = "the body did not come within the longest deadline."
             raise StatusError(408, text) from None
+
+    async def _whole(self, receive: Receive, holding: Holding) -> bytes:
+        chunks: list[bytes] = []
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            chunks.append(message.get("body", b""))
+            self._hold(holding, len(chunks[-1]))
+            more = message.get("more_body", False)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _hold(self, holding: Holding, size: int) -> None:
+        holding.size += size
+        self._held += size
+        self._check(holding.size)
+
+    def let_go(self, size: int) -> None:
+        """Hold so many bytes no longer."""
+        self._held -= size
 
     def _check_head(self, headers: Mapping[str, str]) -> None:
         if headers.get("content-encoding", "identity") != "identity":
@@ -98,16 +119,6 @@ class Bodies:
             return await self.reader.binary(body)
         except OSError as error:
             raise StatusError(503, "the JSON could not be read; send tensors in binary.") from error
-
-
-async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Gone
-        yield message.get("body", b"")
-        if not message.get("more_body", False):
-            return
 
 
 def _json_length(headers: Mapping[str, str]) -> int | None:

@@ -145,19 +145,28 @@ class _Call:
     latest: Answered | None = None
     group: int | None = None
     replied: bool = False
+    gone: bool = False
 
     def put(self, event: Answered | Refuse) -> None:
         """Give the caller an event."""
         self.events.append(event)
+        self._wake()
+
+    def leave(self, _gone: object) -> None:
+        """Note that the caller has gone."""
+        self.gone = True
+        self._wake()
+
+    def _wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    async def next(self) -> Answered | Refuse:
-        """Wait for the next event."""
-        while not self.events:
+    async def next(self) -> Answered | Refuse | None:
+        """Wait for the next event, None if the caller has gone."""
+        while not self.events and not self.gone:
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
-        return self.events.popleft()
+        return None if self.gone else self.events.popleft()
 
 
 class Service:
@@ -304,10 +313,11 @@ class Service:
         priority: int = 0,
         best_effort: bool = False,
         streamed: bool = False,
+        gone: asyncio.Future[None] | None = None,
     ) -> AsyncGenerator[Answered | Refuse]:
         """Give the answer of a request, and before it those of the exits on the way if streamed.
 
-        Whoever stops iterating cancels the request.
+        Whoever stops iterating cancels the request, and so does a caller that has gone.
 
         Args:
             model: name of the model.
@@ -317,6 +327,7 @@ class Service:
             priority: its gains count 1 + priority times.
             best_effort: answer late if need be.
             streamed: give every exit's answer.
+            gone: done when the caller has gone; then no more answers come.
         """
         budget_s = min(budget_s or self.limits.default_s, self.limits.most_s)
         request = Request(
@@ -330,12 +341,13 @@ class Service:
         )
         call = _Call(request, inputs, streamed)
         self._calls[request.id] = call
+        if gone is not None:
+            gone.add_done_callback(call.leave)
         try:
             self._tell(functools.partial(self.scheduler.arrived, request))
             # Now, so that the inference thread need not ask for it when there is an answer.
             self._wake_at(request.deadline - self.scheduler.reserve_s)
-            while True:
-                event = await call.next()
+            while (event := await call.next()) is not None:
                 yield event
                 if isinstance(event, Refuse) or event.stopped_by:
                     return

@@ -71,7 +71,6 @@ class _Batch:
         self.x = x
         self.rows = rows
         self.run: Run = network.exits(x)
-        self.shrinks = network.shrinks(x)
         self.places = _places(rows)
 
     def to(self, exit: int, requests: tuple[int, ...]) -> dict[int, Found]:
@@ -95,7 +94,7 @@ class _Batch:
 
     def _keep(self, requests: tuple[int, ...]) -> None:
         """Go on with these requests, with fewer rows if the network can."""
-        if len(requests) == len(self.places) or not self.shrinks:
+        if len(requests) == len(self.places) or not self.network.shrinks(self.x):
             return
         rows = range(sum(self.rows[request] for request in self.places))
         kept = [row for request in requests for row in rows[self.places[request]]]
@@ -196,13 +195,14 @@ class InferenceThread:
 
     def _loop(self) -> None:
         torch.set_num_threads(1)
-        self._warm()
-        self.warmed.set()
-        while (job := self._jobs.get()) is not None:
-            while job is not None:
-                job = self._after(job)
-        for group in list(self._batches):
-            self._close(group)
+        with torch.inference_mode():
+            self._warm()
+            self.warmed.set()
+            while (job := self._jobs.get()) is not None:
+                while job is not None:
+                    job = self._after(job)
+            for group in list(self._batches):
+                self._close(group)
 
     def _after(self, job: Job) -> Job | None:
         """Do a job, and return the one that follows on it at once, if there is any."""
@@ -219,8 +219,7 @@ class InferenceThread:
         for name, inputs in self._warm_up.items():
             for raw in inputs * 3:
                 try:
-                    with torch.inference_mode():
-                        self._run_whole(name, raw)
+                    self._run_whole(name, raw)
                 except Exception:
                     log.exception("the model %s failed while it was warmed up", name)
 
@@ -229,6 +228,7 @@ class InferenceThread:
         x = self._prepared[name]([raw])
         rows = len(next(iter(raw.values())))
         batch = _Batch(self._networks[name], x, {0: rows})
+        self._networks[name].shrinks(x)
         with batch.run:
             for exit in batch.run:
                 batch.found(exit, (0,))
@@ -240,8 +240,7 @@ class InferenceThread:
 
     def _done(self, job: Job) -> Done:
         try:
-            with torch.inference_mode():
-                return self._computed(job)
+            return self._computed(job)
         except BaseException as error:
             # A network may raise anything; its requests get the answers that they have, and the
             # thread goes on.
