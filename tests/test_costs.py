@@ -367,7 +367,7 @@ def test_a_difference_beyond_the_noise_of_both_is_one(speed, verdict):
     assert [(row.exit, row.name) for row in rows] == [
         (0, "a"),
         (1, "output"),
-        (None, "untouched backbone"),
+        (None, "without exits"),
     ]
     for row in rows:
         assert (row.ratio, row.p50_ratio, row.p99_ratio, row.noise) == pytest.approx(

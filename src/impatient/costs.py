@@ -610,7 +610,7 @@ def _compared(a: CostProfile, b: CostProfile, size: int, exit: int | None) -> Co
     return Comparison(
         batch_size=size,
         exit=exit,
-        name="untouched backbone" if exit is None else a.exits[exit],
+        name="without exits" if exit is None else a.exits[exit],
         a_s=taken(a, "mean"),
         b_s=taken(b, "mean"),
         ratio=ratio("mean"),

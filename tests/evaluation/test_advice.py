@@ -8,7 +8,7 @@ import pytest
 from impatient import budgets
 from impatient.costs import Noise
 from impatient.evaluation import StaticBaseline, evaluate
-from impatient.evaluation.advice import advice, bolder, missed_targets
+from impatient.evaluation.advice import advice, bolder, missed_targets, without_loss
 from impatient.evaluation.payload import make_payload
 from impatient.policies import ThresholdPolicy
 from impatient.policies.targets import FittedTo
@@ -48,14 +48,67 @@ def test_a_policy_that_loses_more_than_it_was_fitted_to_is_named():
         return " ".join(missed_targets(judged, {policy: fitted})).replace("\N{NO-BREAK SPACE}", " ")
 
     missed = words("max_accuracy_loss", 0.01)
-    assert "was to lose at most 1 point of accuracy and loses 5.0 here" in missed
+    assert "Policy early was to lose at most 1 point of accuracy, and here 5.0 are lost" in missed
     assert "on the 50 samples that it was fitted to, and these are 100 others" in missed
     assert "`impatient fit DIR --max-loss 1 --delta 0.05`" in missed
     # just kept, no target of its own, and another kind of target
     assert words("max_accuracy_loss", 0.05) == ""
     assert words("max_accuracy_loss", 0.01, "another") == ""
     assert words("mean_time_s", 1.1e-3) == ""
-    assert "was to take 1.00 ms on average and takes 1.10 ms here" in words("mean_time_s", 1e-3)
+    slow = words("mean_time_s", 1e-3)
+    assert "was to take 1.00 ms on average, and here it is 1.10 ms: the target was met" in slow
+
+
+def test_several_policies_that_miss_their_targets_are_named_in_one_sentence():
+    half = [[1] * 95 + [0] * 5, [1] * 100, [1] * 100]
+    recording = recording_of(*sure(half, [[0.9] * 100] * 3), split="test")
+    policies = {
+        name: ThresholdPolicy(score="max_probability", thresholds=bounds)
+        for name, bounds in {"a": ALL_EARLY, "b": ALL_EARLY, "c": NONE_EARLY}.items()
+    }
+    targets = {
+        name: FittedTo(name="max_accuracy_loss", wanted=wanted, samples=50)
+        for name, wanted in {"a": 0.01, "b": 0.03, "c": 0.01}.items()
+    }
+    (sentence,) = missed_targets(evaluate(recording, COSTS, policies), targets)
+    assert sentence.startswith(
+        "Policies a and b were to lose at most 1 and 3 points of accuracy, and here 5.0 and 5.0 are"
+    )
+    assert "`impatient fit DIR --max-loss 1 --delta 0.05`" in sentence
+
+
+@pytest.mark.parametrize(
+    ("surety", "free_s", "words"),
+    [
+        # exit 0 is always right and sure: 1.1 ms
+        (0.9, 3e-3, "exits save 63 % of the time: the fastest thresholds with as much accuracy"),
+        (0.9, 1.1e-3, "exits gain nothing: the fastest thresholds"),
+        (0.9, 1e-3, "exits cost 10 % of the time: the fastest thresholds"),
+    ],
+)
+def test_it_says_what_exits_gain_where_nothing_may_be_lost(surety, free_s, words):
+    recording = recording_of(*sure(RIGHT, [[surety] * 100] * 3), split="test")
+    costs = costs_of([1e-3] * 3, [1e-4, 1e-4, 0.0], exit_free_s=free_s)
+    policies = {"mine": ThresholdPolicy(score="max_probability", thresholds=ALL_EARLY)}
+    families = make_payload(recording, costs, policies).families
+    judged = evaluate(recording, costs, policies)
+    sentence = without_loss(judged, families, recording, costs).replace("\N{NO-BREAK SPACE}", " ")
+    assert f"Where nothing may be lost, {words}" in sentence
+    assert "1.10 ms" in sentence
+
+
+def test_thresholds_that_all_lose_something_are_named():
+    # the network without exits is another one, and right on all
+    wrong = [[1] * 50 + [0] * 50] * 3
+    recording = recording_of(*sure(wrong, [[0.9] * 100] * 3), split="test")
+    alone = recording_of(*sure([[1] * 100], [[0.9] * 100]), split="test")
+    policies = {"mine": ThresholdPolicy(score="max_probability", thresholds=ALL_EARLY)}
+    families = make_payload(recording, COSTS, policies).families
+    judged = evaluate(recording, COSTS, policies, exit_free=alone)
+    assert "No thresholds on this page reach the accuracy of the best network" in without_loss(
+        judged, families, recording, COSTS
+    )
+    assert without_loss(judged, (), recording, COSTS) == ""
 
 
 def test_exits_save_nothing_where_no_sample_leaves():

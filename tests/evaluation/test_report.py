@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from impatient import budgets
-from impatient.costs import Quantiles
+from impatient.costs import BatchCosts, Quantiles
 from impatient.errors import StorageError
 from impatient.evaluation import (
     Example,
@@ -200,10 +200,9 @@ def test_the_page_shows_every_row_and_number(page):
         assert f"{row.accuracy.value * 100:.1f} %" in words
     for word in (
         "p50",
-        "p99.9",
         "stage 3",
         "head 2",
-        "untouched backbone",
+        "without exits",
         "closed",
         "always",
         "abacus",
@@ -211,6 +210,15 @@ def test_the_page_shows_every_row_and_number(page):
         "a fact",
     ):
         assert word in words
+
+
+@pytest.mark.parametrize("runs", [4_999, 5_000])
+def test_a_quantile_that_too_few_runs_are_beyond_is_not_shown(runs):
+    times = Quantiles.of([1e-3] * runs)
+    batch = BatchCosts(stages=(times,) * 4, heads=(times,) * 4, exit_free=times)
+    costs = dataclasses.replace(COSTS, batches={1: batch})
+    text = report_html(made(costs=costs))
+    assert ("p99.9" in Page(text).words) == (runs == 5_000)
 
 
 def test_figures_and_examples_are_inside(page):

@@ -14,6 +14,7 @@ from impatient.errors import ModelSpecError, StorageError
 from impatient.files import read_tensors
 from impatient.networks import zoo
 from impatient.provenance import fingerprint_tensors
+from impatient.verbs.zoo import name_of
 
 NAMES = zoo.zoo_names()
 MOST_BYTES = 8 * 2**20
@@ -64,6 +65,9 @@ def test_the_command_line_takes_a_network_of_the_zoo_for_a_run_directory(
     assert (place / "profile.json").stat().st_mtime_ns == measured
     assert call("fit", "zoo:anytimenet-cifar10", "--max-loss", "1")[0] == 0
     assert [file.suffix for file in (place / "policies").iterdir()] == [".json"]
+    # people read its name, and not the folder of this version
+    assert name_of(place) == "zoo:anytimenet-cifar10"
+    assert name_of(tmp_path / "runs" / "mine-1") == "mine-1"
     code, text = call("show", "zoo:no-such")
     assert code != 0
     assert "anytimenet-cifar10" in text

@@ -55,6 +55,11 @@ def test_numbers_are_whole_at_every_width(width: int) -> None:
             assert number in text
 
 
+def test_standard_budgets_are_called_in_words() -> None:
+    titles = [column.text for column in the_tables()[1].columns[1:]]
+    assert titles == ["uniform", "small budgets likely", "large budgets likely", "normal"]
+
+
 def test_a_narrow_terminal_leaves_optional_columns_out_and_says_so() -> None:
     table = the_tables()[0]
     narrow = " ".join(" ".join(printed(table, 80)).split())

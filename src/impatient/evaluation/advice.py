@@ -12,12 +12,14 @@ from impatient.evaluation.payload import Family
 from impatient.evaluation.recording import Recording
 from impatient.evaluation.vectorised import judge_policies
 from impatient.policies.targets import LOSS, FittedTo
-from impatient.table import grouped, milliseconds, percent, points
+from impatient.table import grouped, milliseconds, percent
 
 # shares, and changes of times, below this are nothing to act on
 SMALL = 0.02
 # so many points more or less accuracy make no difference that one would act on
 POINT = 0.01
+# half of the last digit that a share is written with
+UNSEEN = 0.0005
 
 
 def advice(
@@ -106,31 +108,58 @@ def missed_targets(evaluation: Evaluation, targets: Mapping[str, FittedTo]) -> I
         targets: what policies were fitted to, by name.
     """
     last = evaluation.of("exit")[-1].accuracy.value
-    for row in evaluation.of("policy"):
-        target = targets.get(row.name)
-        if target is None:
-            continue
-        lost = last - row.accuracy.value
-        fitted = f"on the {grouped(target.samples)} samples that it was fitted to"
+    rows = [(row, targets[row.name]) for row in evaluation.of("policy") if row.name in targets]
+    losing = [
+        (row.name, target, last - row.accuracy.value)
+        for row, target in rows
         # beyond rounding
-        if target.name == LOSS and lost > target.wanted + 1e-9:
-            yield (
-                f"Policy {row.name} was to lose at most {points(target.wanted)} of "
-                f"{evaluation.quality_name} and loses {lost * 100:.1f} here: the target was met "
-                f"{fitted}, and these are {grouped(evaluation.samples)} others. For a bound on new "
-                "samples ask for a guarantee: "
-                f"`impatient fit DIR --max-loss {target.wanted * 100:g} --delta 0.05`."
-            )
-        if target.name == "mean_time_s" and row.contract_s > target.wanted * (1.0 + SMALL):
-            yield (
-                f"Policy {row.name} was to take {milliseconds(target.wanted)} on average and takes "
-                f"{milliseconds(row.contract_s)} here: the target was met {fitted}. Fit it to a "
-                "shorter time, or on more samples."
-            )
+        if target.name == LOSS and last - row.accuracy.value > target.wanted + 1e-9
+    ]
+    if losing:
+        names, fitted, lost = zip(*losing, strict=True)
+        first = min(target.wanted for target in fitted)
+        yield (
+            f"{_policies(names)} to lose at most {_each([f'{t.wanted * 100:g}' for t in fitted])} "
+            f"point{'' if {t.wanted for t in fitted} == {0.01} else 's'} of "
+            f"{evaluation.quality_name}, and here {_each([f'{loss * 100:.1f}' for loss in lost])} "
+            f"are lost: {_met(fitted, evaluation)}. For a bound on new samples ask for a "
+            f"guarantee: `impatient fit DIR --max-loss {first * 100:g} --delta 0.05`."
+        )
+    slow = [
+        (row.name, target, row.contract_s)
+        for row, target in rows
+        if target.name == "mean_time_s" and row.contract_s > target.wanted * (1.0 + SMALL)
+    ]
+    if slow:
+        names, fitted, taken = zip(*slow, strict=True)
+        yield (
+            f"{_policies(names)} to take {_each([milliseconds(t.wanted) for t in fitted])} on "
+            f"average, and here it is {_each(list(map(milliseconds, taken)))}: "
+            f"{_met(fitted, evaluation)}. Fit to a shorter time, or on more samples."
+        )
+
+
+def _policies(names: Sequence[str]) -> str:
+    return f"Policy {names[0]} was" if len(names) == 1 else f"Policies {_each(names)} were"
+
+
+def _met(fitted: Sequence[FittedTo], evaluation: Evaluation) -> str:
+    """Say on which samples targets were met."""
+    counts = [grouped(count) for count in sorted({target.samples for target in fitted})]
+    those = "that it was fitted to" if len(fitted) == 1 else "for fitting"
+    return (
+        f"the target was met on the {_each(counts)} samples {those}, and these are "
+        f"{grouped(evaluation.samples)} others"
+    )
+
+
+def _each(words: Sequence[str]) -> str:
+    """List words in a sentence."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _points(change: float, quality: str) -> str:
-    if abs(change) < 0.0005:
+    if abs(change) < UNSEEN:
         return f"with as much {quality}"
     return f"for {abs(change) * 100:.1f} points {'less' if change < 0 else 'more'} {quality}"
 
@@ -207,10 +236,7 @@ def _them(numbers: Sequence[int]) -> str:
 
 
 def _exits(numbers: Sequence[int]) -> str:
-    words = [str(number) for number in numbers]
-    if len(words) == 1:
-        return f"exit {words[0]}"
-    return f"exits {', '.join(words[:-1])} and {words[-1]}"
+    return f"exit{'' if len(numbers) == 1 else 's'} {_each(list(map(str, numbers)))}"
 
 
 def _noise(costs: CostProfile) -> Iterator[str]:
@@ -245,3 +271,36 @@ def bolder(families: Sequence[Family], recording: Recording, costs: CostProfile)
                 "--max-loss, and judge it anew."
             )
     return tuple(said)
+
+
+def without_loss(
+    evaluation: Evaluation, families: Sequence[Family], recording: Recording, costs: CostProfile
+) -> str:
+    """Say whether exits save time where nothing may be lost; empty if nobody can tell.
+
+    Args:
+        evaluation: what was judged.
+        families: thresholds from bold to careful.
+        recording: recording on which they are judged.
+        costs: cost profile of the same network.
+    """
+    free = max(evaluation.of("exit_free"), key=lambda row: row.accuracy.value, default=None)
+    steps = [step for family in families for step in family.steps]
+    if free is None or not steps:
+        return ""
+    judged = judge_policies(recording, costs, steps, batch_size=min(costs.batches))
+    # what is less than what one reads is no loss
+    keeps = judged.accuracy >= free.accuracy.value - UNSEEN
+    if not bool(keeps.any()):
+        return (
+            f"No thresholds on this page reach the {evaluation.quality_name} of the best network "
+            f"without exits, {percent(free.accuracy.value)}."
+        )
+    least = float(judged.contract_s[keeps].min())
+    change = least / free.contract_s - 1.0
+    gain = f"{'save' if change < 0.0 else 'cost'} {percent(abs(change), 0)} of the time"
+    return (
+        f"Where nothing may be lost, exits {gain if abs(change) >= SMALL else 'gain nothing'}: the "
+        f"fastest thresholds with as much {evaluation.quality_name} as without exits take "
+        f"{milliseconds(least)}."
+    )

@@ -220,7 +220,7 @@ def where_time_goes(costs: CostProfile, batch_size: int = 1) -> Figure:
             color=VERMILION,
             linewidth=1.6,
             linestyle=(0, (5, 2)),
-            label="untouched backbone, mean",
+            label="without exits, mean",
         )
         _clip(axes, ends + slow, max(float(ends[-1]), whole))
         axes.set_yticks(
@@ -476,8 +476,8 @@ def _costs_title(costs: CostProfile, batch_size: int) -> str:
     more = staged / whole - 1.0
     change = f"{percent(more, 0)} more than" if more >= 0.005 else "no more than"
     return (
-        f"Stages and heads together take {milliseconds(staged)},\n{change} the untouched "
-        f"backbone's {milliseconds(whole)}"
+        f"Stages and heads together take {milliseconds(staged)},\n{change} without exits "
+        f"({milliseconds(whole)})"
     )
 
 

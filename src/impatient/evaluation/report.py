@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from impatient.budgets import Budget
 from impatient.costs import Cost, CostProfile
-from impatient.evaluation.advice import advice, bolder
+from impatient.evaluation.advice import advice, bolder, without_loss
 from impatient.evaluation.evaluate import Evaluation, Row
 from impatient.evaluation.opening import Opening, by_when, opening_of
 from impatient.evaluation.paired import PairedComparison
@@ -227,6 +227,7 @@ def report_html(report: Report) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     content = payload.content | _content(report, payload, opening)
     budget = report.chosen_budget
+    verdict, *sentences = _advice(report, payload)
     return rendered(
         "report.html",
         title=report.title,
@@ -243,7 +244,8 @@ def report_html(report: Report) -> str:
         by_when=by_when(evaluation, opening),
         reserve=f"{RESERVE_S * 1e3:g}\N{NO-BREAK SPACE}ms",
         words=content["words"],
-        advice=_advice(report, payload),
+        verdict=verdict,
+        advice=sentences,
         figure=figure_svg(accuracy_time(evaluation, budget)),
         compared=content["compared"],
         examples=[_card(report, payload, example) for example in report.examples],
@@ -429,10 +431,13 @@ def _shade(weight: float) -> str:
 
 
 def _advice(report: Report, payload: Payload) -> list[str]:
-    said = list(advice(report.evaluation, report.costs, report.chosen_budget, report.targets))
+    """Say whether exits pay, and then what to change."""
+    verdict, *said = advice(report.evaluation, report.costs, report.chosen_budget, report.targets)
+    more = ""
+    if report.policies:
+        more = without_loss(report.evaluation, payload.families, report.recording, report.costs)
     families = [family for family in payload.families if family.fitted]
-    said += bolder(families, report.recording, report.costs)
-    return said
+    return [f"{verdict} {more}".strip(), *said, *bolder(families, report.recording, report.costs)]
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from impatient.verbs.options import (
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import EAGER, RunDirectory
 from impatient.verbs.train import TrainingChoice
+from impatient.verbs.zoo import name_of
 
 if TYPE_CHECKING:
     from impatient.evaluation.paired import PairedComparison
@@ -253,7 +254,7 @@ def _static(
     # in proportion, since the machine may be faster or slower now than when the profile was made
     scale = costs.exit_free_s() / here
     return {
-        f"static {other.path.resolve().name}": impatient.evaluation.StaticBaseline(
+        f"static {name_of(other.path)}": impatient.evaluation.StaticBaseline(
             recording=recording, time_s=time_s * scale, macs=count_macs(network, x)
         )
         for other, recording, network, time_s in zip(

@@ -26,6 +26,7 @@ from impatient.verbs.options import (
 )
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
+from impatient.verbs.zoo import name_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ def report(options: ReportOptions) -> Path:
     costs = run.profile(any_machine=options.any_profile)
     recording = judged_as(run.recording("test"), evaluation.task)
     page = impatient.evaluation.Report(
-        title=run.path.resolve().name,
+        title=name_of(run.path),
         evaluation=evaluation,
         recording=recording,
         costs=costs,
@@ -116,7 +117,7 @@ def _compared(run: RunDirectory, others: Sequence[Path]) -> dict[str, impatient.
             "compare runs on the same data",
             data=run.data_fingerprint(),
         )
-        found[path.resolve().name] = evaluation
+        found[name_of(path)] = evaluation
     return found
 
 

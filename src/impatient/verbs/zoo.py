@@ -35,6 +35,14 @@ def cache_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "impatient" / "zoo"
 
 
+def name_of(path: Path) -> str:
+    """Name a run directory for people: its folder, or zoo:NAME of one that is unpacked."""
+    place = path.resolve()
+    if place.parent == cache_folder().resolve():
+        return PREFIX + place.name.rpartition("-")[0]
+    return place.name
+
+
 def unpacked(name: str) -> Path:
     """Make a run directory of a network of the zoo, once, with a cost profile of this machine.
 
