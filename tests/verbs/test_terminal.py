@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from command_line import TINY, Call, run_command_line
-from impatient import CostProfile, Evaluation, progress
+from impatient import CostProfile, Evaluation, cli, progress
 from impatient.evaluation import tables
 from impatient.evaluation.report import select_examples
 from impatient.files import read_json, write_json
@@ -142,6 +142,7 @@ RUNS = {
     "describe": [RUN],
     "compare": [RUN, RUN],
     "tune": [RUN, "--settings", "gc", "--runs", 20, "--quiet"],
+    "tail": [RUN, "--runs", 1000, "--deadline-ms", 5, "--quiet"],
     "recalibrate": [RUN, "--quiet"],
     "ensemble": [NEW, RUN],
     "plan": BLOCKS,
@@ -150,6 +151,36 @@ RUNS = {
     "demo": [NEW, "--epochs", 1, "--quiet"],
 }
 LONG = ("export", "select", "demo")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["profile", "evaluate", "show", "describe", "compare", "tail", "tune", "recalibrate", "plan"],
+)
+def test_tables_of_every_verb_are_whole_in_80_columns(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    tables: list[Table] = []
+    monkeypatch.setattr(
+        cli, "print_part", lambda part: tables.append(part) if isinstance(part, Table) else None
+    )
+    arguments = [run_dir if part == RUN else part for part in RUNS[verb]]
+    assert run_command_line(monkeypatch, verb, *arguments) == 0
+    assert tables
+    for table in tables:
+        lines = printed(table, 80)
+        assert max(map(len, lines)) <= 80
+        words = " ".join(lines).split()
+        must = [
+            index
+            for index, column in enumerate(table.columns)
+            if index >= table.left and not isinstance(column, Column)
+        ]
+        for row in table.rows:
+            for cell in (row[index] for index in must):
+                text = cell if isinstance(cell, str) else cell.text
+                # nothing is cut off or folded
+                assert set(text.split()) <= set(words), (verb, text)
 
 
 SHOWN = {
