@@ -35,7 +35,6 @@ from impatient.verbs.options import (
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import EAGER, RunDirectory
 from impatient.verbs.train import TrainingChoice
-from impatient.verbs.zoo import name_of
 
 if TYPE_CHECKING:
     from impatient.evaluation.paired import PairedComparison
@@ -240,6 +239,7 @@ def _static(
 ) -> dict[str, impatient.evaluation.StaticBaseline]:
     """Measure other runs' networks without exits, in the terms of this run's profile."""
     from impatient.counting import count_macs
+    from impatient.verbs.zoo import name_of
 
     if not others:
         return {}

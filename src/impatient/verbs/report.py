@@ -26,7 +26,6 @@ from impatient.verbs.options import (
 )
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
-from impatient.verbs.zoo import name_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +47,7 @@ class ReportOptions(VerbOptions):
 def report(options: ReportOptions) -> Path:
     """Write one self-contained HTML page about the run."""
     from impatient.verbs.samples import examples_of, numbers_of
+    from impatient.verbs.zoo import name_of
 
     use_threads(options.threads)
     run = opened(options.directory, trust=options.trust)
@@ -106,6 +106,8 @@ def _in_engines(run: RunDirectory) -> dict[str, impatient.Evaluation]:
 
 def _compared(run: RunDirectory, others: Sequence[Path]) -> dict[str, impatient.Evaluation]:
     """Read the evaluations of other runs on the same data."""
+    from impatient.verbs.zoo import name_of
+
     found = {}
     for path in others:
         other = opened(path)
