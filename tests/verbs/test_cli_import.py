@@ -104,6 +104,21 @@ def test_python_takes_all_samples_together_and_judges_them_alike() -> None:
     assert judged == pytest.approx(float(alone.quality[3].double().mean()))
 
 
+def test_splits_have_their_usual_names(tmp_path: Path, call: Call) -> None:
+    own = classes()
+    others = {"validation": "Val", "test": "Testing"}
+    renamed = np.array([others.get(name, name) for name in own["splits"].tolist()])
+    for name, arrays in (("own", own), ("renamed", own | {"splits": renamed})):
+        file = saved(tmp_path, arrays)
+        assert call("import", file, "--into", tmp_path / name, *COSTS)[0] == 0
+    for split in ("validation", "test"):
+        found = [
+            Recording.load(tmp_path / name / "recordings" / f"{split}.safetensors")
+            for name in ("own", "renamed")
+        ]
+        assert found[0].quality.equal(found[1].quality)
+
+
 def spoilt(**changes: object) -> Arrays:
     """Arrays of which some are replaced, or with None left out."""
     changed = {name: value for name, value in changes.items() if value is not None}
@@ -128,6 +143,17 @@ BAD: dict[str, tuple[Arrays, tuple[str, ...], str]] = {
         spoilt(outputs=np.full((EXITS, 400, 5), 0.2)),
         COSTS,
         r"probabilities, .*np\.log",
+    ),
+    "per cent": (
+        spoilt(outputs=np.full((EXITS, 400, 5), 20.0)),
+        COSTS,
+        r"probabilities, all of which sum to 100; .*np\.log",
+    ),
+    "too few names": (GOOD, (*COSTS, "--exits", "a,b"), "names 2 exits for outputs of"),
+    "a split twice": (
+        spoilt(splits=np.where(np.arange(400) < 200, "val", "Validation")),
+        COSTS,
+        "two of which mean the same",
     ),
     "measured targets": (spoilt(targets=GOOD["targets"] / 2), COSTS, "task='regression'"),
     "another task": (GOOD, (*COSTS, "--task", "binary"), "one number per sample"),

@@ -34,6 +34,7 @@ EXPECTED = (
 )
 # what fit, evaluate and report read
 NEEDED = ("validation", "test")
+USUAL = {"val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +174,13 @@ def _read(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[s
     from impatient.training.arrays import read_archive, read_names
 
     arrays = read_archive(path.expanduser(), EXPECTED)
-    found = _named_splits(arrays, path) if "splits" in arrays else _prefixed_splits(arrays)
+    given = _named_splits(arrays, path) if "splits" in arrays else _prefixed_splits(arrays)
+    found = {USUAL.get(name.lower(), name.lower()): part for name, part in given.items()}
+    if len(found) < len(given):
+        raise RecordingError(
+            f"{path} has the splits {', '.join(given)}, two of which mean the same; expected one "
+            "of them. Join them, or leave one out."
+        )
     for split, (outputs, targets) in found.items():
         _check_shapes(f"{path}, {split}", outputs, targets)
     missing = [split for split in NEEDED if split not in found]
@@ -241,6 +248,11 @@ def _costs(options: ImportOptions, *, exits: int) -> impatient.CostProfile:
             f"{sum(given)} kinds of costs are given; expected one of --costs-ms MS,MS,... (until "
             "each exit's answer), --stages-ms MS,MS,... (each stage alone) and --profile FILE."
         )
+    if options.exits and len(options.exits) != exits:
+        raise CostError(
+            f"--exits names {len(options.exits)} exits for outputs of {exits}; expected one name "
+            "per exit."
+        )
     if options.profile is not None:
         costs = load_profile(options.profile)
         costs = dataclasses.replace(costs, exits=options.exits) if options.exits else costs
@@ -294,10 +306,13 @@ def _check_are_logits(recording: impatient.Recording) -> None:
     """Refuse probabilities, whose softmax looks unsure whatever they are."""
     logits = recording.logits()
     sums = logits.sum(-1)
-    if bool((logits >= 0).all()) and bool(((sums - 1.0).abs() < 1e-3).all()):
+    total = sums.flatten()[0]
+    alike = bool(((sums - total).abs() < 1e-3 * total).all())
+    # The rows of one sample alone are always alike.
+    if bool((logits >= 0).all()) and alike and (len(recording) > 1 or abs(total - 1) < 1e-3):
         raise RecordingError(
-            f"{recording.split}: the outputs are probabilities, which sum to 1; expected logits, "
-            "from before the softmax. Save np.log(outputs.clip(1e-9)) instead."
+            f"{recording.split}: the outputs are probabilities, all of which sum to {total:.3g}; "
+            "expected logits, from before the softmax. Save np.log(outputs.clip(1e-9)) instead."
         )
     absent = logits.shape[-1] - len(recording.labels.unique())
     if absent:
