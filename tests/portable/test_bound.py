@@ -235,6 +235,15 @@ def long_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+ONE_STAGE = Wiring(
+    inputs=("x",),
+    takes=(("x",),),
+    gives=(("y",),),
+    features=("y",),
+    batch_dims={"x": 0, "y": 0},
+)
+
+
 def ended(call: Callable[[], object], cancel: Callable[[], None]) -> BaseException | None:
     """Cancel a call until that has an effect, and return its error."""
     found: list[BaseException] = []
@@ -256,14 +265,7 @@ def ended(call: Callable[[], object], cancel: Callable[[], None]) -> BaseExcepti
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_bound_stage_is_cancelled_and_the_run_goes_on(engine: str, long_stage: Path) -> None:
     part = ENGINES[engine](long_stage)
-    wiring = Wiring(
-        inputs=("x",),
-        takes=(("x",),),
-        gives=(("y",),),
-        features=("y",),
-        batch_dims={"x": 0, "y": 0},
-    )
-    network = BoundStaged(wiring, [part], [None])
+    network = BoundStaged(ONE_STAGE, [part], [None])
     x = wide(64, 1)
     wanted = part.one(x)
     # not bound yet, then bound
@@ -280,3 +282,32 @@ def test_a_bound_stage_is_cancelled_and_the_run_goes_on(engine: str, long_stage:
         late.cancel()
         np.testing.assert_allclose(next(run).output(), wanted, atol=1e-5)
         del run, late
+
+
+class Late(dict[str, Any]):
+    """Values whose reading cancels the run, when the stage that takes them is about to begin."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__(run._values)
+        self.run = run
+
+    def __getitem__(self, name: str) -> Any:
+        self.run.cancel()
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stage_is_cancelled_that_is_about_to_begin(engine: str, long_stage: Path) -> None:
+    part = ENGINES[engine](long_stage)
+    network = BoundStaged(ONE_STAGE, [part], [None])
+    x = wide(64, 1)
+    wanted = part.one(x)
+    # binds it
+    np.testing.assert_allclose(next(network([x])).output(), wanted, atol=1e-5)
+    run = network([x])
+    values = run._values
+    run._values = Late(run)
+    with pytest.raises(Cancelled):
+        next(run)
+    run._values = values
+    np.testing.assert_allclose(next(run).output(), wanted, atol=1e-5)

@@ -168,6 +168,7 @@ class BoundRun(StagedRun):
                 stage(*[self._values[name] for name in self._network.fresh[index]])
             finally:
                 self._landed()
+                stage.renew()
         self._next = index + 1
         return BoundExit(index, loan)
 

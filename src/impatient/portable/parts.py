@@ -78,7 +78,11 @@ class BoundPart:
         raise NotImplementedError
 
     def cancel(self) -> None:
-        """End the call in flight early."""
+        """End the call early that is in flight, or is about to begin."""
+        raise NotImplementedError
+
+    def renew(self) -> None:
+        """Forget that a call was cancelled; `cancel` must not be called meanwhile."""
         raise NotImplementedError
 
 
@@ -235,9 +239,6 @@ class _OnnxRuntimeBound(BoundPart):
         self._options = part._new_options()
 
     def __call__(self, *fresh: Array) -> None:
-        # Options cannot be reset after `terminate`.
-        if self._options.terminate:
-            self._options = self._new_options()
         # Kept until the call is done.
         arrays = [np.require(array, requirements="C") for array in fresh]
         for name, array in zip(self._fresh, arrays, strict=True):
@@ -250,6 +251,11 @@ class _OnnxRuntimeBound(BoundPart):
 
     def cancel(self) -> None:
         self._options.terminate = True
+
+    def renew(self) -> None:
+        # Options cannot be reset after `terminate`.
+        if self._options.terminate:
+            self._options = self._new_options()
 
 
 def onnxruntime_session(path: Path, threads: int) -> Any:
@@ -366,7 +372,6 @@ class _OpenVinoBound(BoundPart):
         self._ended = False
 
     def __call__(self, *fresh: Array) -> None:
-        self._ended = False
         # A shared tensor must be contiguous and writable, and does not keep its array alive.
         arrays = [np.require(array, requirements=["C", "W"]) for array in fresh]
         for place, array in zip(self._fresh, arrays, strict=True):
@@ -374,6 +379,9 @@ class _OpenVinoBound(BoundPart):
         try:
             # infer() would be faster, but cannot be cancelled.
             self._request.start_async()
+            if self._ended:
+                # A request that has not started cannot be cancelled.
+                self._request.cancel()
             self._request.wait()
         except Exception as error:
             inputs = [*arrays, *self._inputs]
@@ -382,6 +390,9 @@ class _OpenVinoBound(BoundPart):
     def cancel(self) -> None:
         self._ended = True
         self._request.cancel()
+
+    def renew(self) -> None:
+        self._ended = False
 
 
 @functools.cache
