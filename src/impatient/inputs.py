@@ -49,12 +49,13 @@ def first_tensor(value: Any) -> Tensor:
 def batch_size_of(x: Any) -> int:
     """Return the number of samples in an input of any accepted kind."""
     tensor = x if isinstance(x, Tensor) else first_tensor(x)
-    if not tensor.numel() and (not tensor.dim() or not tensor.shape[0]):
+    samples = tensor.shape[0]
+    if not samples:
         raise NetworkError(
             f"an input of shape {tuple(tensor.shape)} has no samples; expected at least one in the "
             "first dimension. Do not run empty batches."
         )
-    return int(tensor.shape[0])
+    return samples
 
 
 # Which part of what a model returns is the answer: a key or attribute, a place, or a function.

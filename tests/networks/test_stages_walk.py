@@ -1,6 +1,7 @@
 """Straight runs do what paused ones do, whatever the model, its hooks, or a visit do."""
 
 import contextvars
+import copy
 import gc
 import itertools
 import threading
@@ -100,6 +101,26 @@ def test_an_exit_that_was_passed_says_so(toy: nn.Module, toy_input: Tensor) -> N
     toy_network(toy).exits(toy_input).walk(lambda here: bool(seen.append(here)))
     with pytest.raises(ExitPassed, match="is at exit 2"):
         seen[0].output()
+
+
+@both
+def test_a_head_that_was_replaced_answers(toy: nn.Module, toy_input: Tensor, walk: Walk) -> None:
+    network = toy_network(toy)
+    before = visited(network, toy_input, walk)
+    network.heads[1] = copy.deepcopy(network.heads[0])
+    expected = network(toy_input)
+    assert not torch.equal(expected[1], before[1])
+    assert_same(visited(network, toy_input, walk), expected)
+    # and in a copy, the copy's own
+    copied = copy.deepcopy(network)
+    copied.heads[1] = copy.deepcopy(copied.heads[0]).requires_grad_(False).apply(zeroed)
+    assert not visited(copied, toy_input, walk)[1].any()
+    assert_same(visited(network, toy_input, walk), expected)
+
+
+def zeroed(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.zero_()
 
 
 # --- exceptions -----------------------------------------------------------------------------------

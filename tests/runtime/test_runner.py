@@ -496,6 +496,7 @@ def test_work_that_a_device_still_does_in_the_background_is_waited_for(
 
     for module in (course, answer):
         monkeypatch.setattr(module, "synchronise", synchronise)
+    network.outputs = network.outputs.to("meta")
     deadline = Deadline.after(enough_for(1), clock)
     found = runner_of(network).run(X.to("meta"), deadline=deadline)
     assert (found.exit, found.elapsed_s, found.deadline_met) == (1, 2.5, True)

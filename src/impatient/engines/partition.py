@@ -328,7 +328,9 @@ class _Traced(nn.Module):
             pool = self._pools[index]
             marks.append(_mark(features if pool is None else pool(features, mask), index))
 
-        output = output_tensor(tapped(self.backbone, x, network._cut_map(), visit), network.output)
+        output = output_tensor(
+            tapped(self.backbone, x, network._plan().cuts, visit), network.output
+        )
         return output, *marks
 
     def _refilled(self, tensors: Sequence[Tensor]) -> Any:

@@ -60,14 +60,14 @@ class Ambient:
     slowly as in a loop.
     """
 
-    __slots__ = ("_cache", "_casts", "_devices", "_grad", "_inference")
+    __slots__ = ("_cache", "_devices", "_modes")
 
     def __init__(self) -> None:
-        self._grad = is_grad_enabled()
-        self._inference = is_inference_mode_enabled()
-        self._casts = _is_any_autocast_enabled()
+        # Whether there are gradients, inference mode and autocast.
+        self._modes = (is_grad_enabled(), is_inference_mode_enabled(), _is_any_autocast_enabled())
         self._cache = torch.is_autocast_cache_enabled()
-        self._devices = [(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
+        enabled = self._modes[2] and torch.is_autocast_enabled("cpu")
+        self._devices = [(enabled, torch.get_autocast_dtype("cpu"))]
         if len(_AUTOCAST_DEVICES) > 1:
             self._devices = _Autocast.now().devices
 
@@ -79,47 +79,38 @@ class Ambient:
     def now(cls) -> Self:
         return cls()
 
+    @property
+    def learns(self) -> bool:
+        """Whether there are gradients."""
+        return self._modes[0]
+
     def here(self) -> bool:
         """Tell whether this thread is in these modes.
 
         The other settings of autocast make no difference while it is off.
         """
-        if (
-            is_grad_enabled() is not self._grad
-            or is_inference_mode_enabled() is not self._inference
-        ):
-            return False
-        return self._autocast == _Autocast.now() if self._casts else not _is_any_autocast_enabled()
+        modes = (is_grad_enabled(), is_inference_mode_enabled(), _is_any_autocast_enabled())
+        return modes == self._modes and (not modes[2] or self._autocast == _Autocast.now())
 
     def call(self, head: Callable[[Tensor], T], features: Tensor) -> T:
         """Call a head in these modes."""
         if self.here():
-            return head(_trainable(features) if self._grad else features)
+            return head(_trainable(features) if self.learns else features)
         return self.enclose(lambda: head(_trainable(features)))
 
     def within(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call any function in these modes."""
         return function(*arguments) if self.here() else self.enclose(function, *arguments)
 
-    def around(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call any function in these modes, and restore what it changes itself but does not undo.
-
-        Unlike `enclose` it costs two checks where nothing is changed. It does not end an inference
-        mode that the function has begun and left on.
-        """
-        if not self.here():
-            return self.enclose(function, *arguments)
-        try:
-            return function(*arguments)
-        finally:
-            if not self.here():
-                torch.set_grad_enabled(self._grad)
-                self._autocast.restore()
+    def restore(self) -> None:
+        """Return to these modes, except from an inference mode that was left on."""
+        torch.set_grad_enabled(self.learns)
+        self._autocast.restore()
 
     def enclose(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call any function in these modes, and restore also what it changes itself."""
         outside = _Autocast.now()
-        if self._grad and not is_grad_enabled() and _in_reentrant_checkpoint():
+        if self.learns and not is_grad_enabled() and _in_reentrant_checkpoint():
             raise NetworkError(
                 "a cut lies inside torch.utils.checkpoint with use_reentrant=True, which runs the "
                 "block without gradients, so that an early exit would not train it; expected "
@@ -127,8 +118,8 @@ class Ambient:
             )
         # The guard remembers the thread's whole autograd state and restores exactly that, in
         # whatever order guards are left.
-        with torch.inference_mode(self._inference):
-            torch.set_grad_enabled(self._grad)
+        with torch.inference_mode(self._modes[1]):
+            torch.set_grad_enabled(self.learns)
             self._autocast.restore()
             try:
                 return function(*arguments)

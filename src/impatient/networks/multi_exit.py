@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ from impatient.networks.heads import (
     pooled,
     with_mask,
 )
-from impatient.networks.stages import Cut, CutMap, StagedRun, install, tapped
+from impatient.networks.stages import Cut, StagedRun, Stages, install, tapped
 from impatient.tasks import Task, named
 
 log = logging.getLogger(__name__)
@@ -97,10 +98,7 @@ class MultiExitNetwork(Network):
         self.output = self.task.reads if output is None else output
         # By kind of input, as found by `shrinks`.
         self._shrinks: dict[Hashable, bool] = {}
-        self._cuts: CutMap = {}
-        # Every member on the way to a cut: its parent, its name there, and itself.
-        self._members: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
-        self._find_cuts()
+        self._prepare()
 
     @property
     def num_exits(self) -> int:
@@ -144,7 +142,7 @@ class MultiExitNetwork(Network):
                 features, index, self.num_exits, channel_dim(self.layouts[index])
             )
 
-        last = output_tensor(tapped(self.backbone, x, self._cut_map(), visit), self.output)
+        last = output_tensor(tapped(self.backbone, x, self._plan().cuts, visit), self.output)
         missing = [name for index, name in enumerate(self.exit_names[:-1]) if index not in early]
         if missing:
             raise ExitNotReached(
@@ -207,46 +205,48 @@ class MultiExitNetwork(Network):
         self, x: Any, keep: bool = False, shrinks: Callable[[Any], bool] = lambda _: True
     ) -> StagedRun:
         # Past the look-up of modules by torch, which takes longer than all else here.
-        modules: Any = self._modules
-        return StagedRun(
-            modules["backbone"],
-            x,
-            self._cut_map(),
-            [*modules["heads"]._modules.values(), None],
-            keep=keep,
-            mask=None if isinstance(x, Tensor) else mask_of(x, self.mask),
-            output=self.output,
-            shrinks=shrinks,
-        )
+        backbone: Any = self._modules["backbone"]
+        mask = None if isinstance(x, Tensor) else mask_of(x, self.mask)
+        return StagedRun(backbone, x, self._plan(), self.output, shrinks, keep, mask)
 
-    def _find_cuts(self) -> None:
+    def _plan(self) -> Stages:
+        """Return how the backbone is cut, with the modules that it has now."""
+        holders, names, members = self._watched
+        # All in C, because every run asks.
+        if not all(map(operator.is_, map(dict.get, holders, names), members)):
+            # Replaced after exits were attached, such as by LoRA.
+            self._prepare()
+        return self._stages
+
+    def _prepare(self) -> None:
         """Find the modules at the cuts by their names, and put the hook on them."""
-        members = {}
+        found: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+
+        def member(parent: nn.Module, name: str) -> Any:
+            child = parent._modules.get(name)
+            found[id(parent), name] = parent._modules, name, child
+            return child
+
+        member(self, "backbone")
+        member(self, "heads")
+        heads = [member(self.heads, str(index)) for index in range(len(self.cuts))]
         modules = []
         for cut in self.cuts:
-            parent = self.backbone
+            module = self.backbone
             for name in cut.module.split("."):
-                child = parent._modules.get(name)
-                if child is None:
+                module = member(module, name)
+                if module is None:
                     raise NetworkError(
                         f"the backbone has no module {cut.module!r} any more, after which there "
                         "was an exit. Attach exits after modules have been replaced."
                     )
-                members[id(parent), name] = (parent, name, child)
-                parent = child
-            modules.append(parent)
-        self._members = tuple(members.values())
+            modules.append(module)
+        # The heads and every module on the way to a cut: whose members they are, by which name.
+        self._watched = tuple(zip(*found.values(), strict=True))
         places = zip(modules, self.cuts, strict=True)
-        self._cuts = {(module, cut.call): index for index, (module, cut) in enumerate(places)}
+        cuts = {(module, cut.call): index for index, (module, cut) in enumerate(places)}
+        self._stages = Stages(cuts, (*heads, None))
         install(modules)
-
-    def _cut_map(self) -> CutMap:
-        for parent, name, child in self._members:
-            if parent._modules.get(name) is not child:
-                # Replaced after exits were attached, such as by LoRA.
-                self._find_cuts()
-                break
-        return self._cuts
 
 
 def attach_exits(
@@ -299,7 +299,7 @@ def attach_exits(
         ClassCountMismatch: if the backbone's output does not have `num_classes` columns.
         TaskError: if its shape does not fit the task.
         HeadError: if no head can be built for the features at a cut.
-        NetworkError: if the backbone has exits already.
+        NetworkError: if the backbone has exits already, or there is no such engine.
     Example:
         >>> blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)]
         >>> backbone = nn.Sequential(*blocks, nn.Linear(8, 3))
@@ -349,7 +349,7 @@ def _place(
     output: OutputName,
     engine: str,
 ) -> list[Cut]:
-    checks.one_of(ExitNotFound, placement.ENGINES, engine=engine)
+    checks.one_of(NetworkError, placement.ENGINES, engine=engine)
     if not isinstance(after, str):
         return placement.resolve(backbone, example, after)
     rule, _, period = after.partition(":")

@@ -81,6 +81,26 @@ class Cut:
 # modules, not their ids, so that a copied network has a map of its own modules.
 CutMap = Mapping[tuple[nn.Module, int], int]
 Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """How a model is cut, which all its runs share.
+
+    Attributes:
+        cuts: places where a run pauses.
+        heads: heads of the exits; None for the last one.
+    """
+
+    cuts: CutMap
+    heads: tuple[Head | None, ...]
+
+    @property
+    def last(self) -> int:
+        """Return the index of the last exit."""
+        return len(self.heads) - 1
+
+
 # What a plain forward does at a cut; the features to go on with, or None.
 Tap = Callable[[int, Tensor], Tensor | None]
 # What a straight run does at an exit; whether to leave there.
@@ -96,10 +116,12 @@ class Position:
     Attributes:
         ambient: modes of the run.
         exit: exit whose features are intact; None after the run has failed in a later stage.
+        visited: whether an exit is being visited, in the modes of the run.
     """
 
     ambient: Ambient
     exit: int | None = -1
+    visited: bool = False
 
 
 class StagedExit(Exit):
@@ -141,7 +163,10 @@ class StagedExit(Exit):
             head: Any = self._head
             if self.mask is not None:
                 head = with_mask(head, self.mask)
-            output = self._output = position.ambient.call(head, self.features)
+            if position.visited and not position.ambient.learns:
+                output = self._output = head(self.features)
+            else:
+                output = self._output = position.ambient.call(head, self.features)
         return output
 
     def _passed(self) -> ExitPassed:
@@ -334,7 +359,7 @@ def _through(model: nn.Module, x: Any, forward: _Taps | _Visits) -> Any:
     stack.append(forward)
     try:
         if not isinstance(current, _Forward):
-            return call_model(model, x)
+            return model(x) if isinstance(x, Tensor) else call_model(model, x)
         # A forward inside another network's staged run must visit its own cuts, not pause that run.
         apart = greenlet.greenlet(call_model)
         apart.gr_context = current.gr_context
@@ -353,13 +378,12 @@ class StagedRun(Run):
     Args:
         model: model to run.
         x: input of the model.
-        cuts: places where the run pauses.
-        heads: heads of the exits; None for the last one.
-        keep: copy the features of each exit, so that its output may be asked for later.
-        mask: padding mask of the input, for the heads, shape [B, T]; None without.
+        stages: how the model is cut.
         output: which part of what the model returns is its answer.
         shrinks: function that tells whether the model can go on with some samples of an input; the
             method `keep` asks it.
+        keep: copy the features of each exit, so that its output may be asked for later.
+        mask: padding mask of the input, for the heads, shape [B, T]; None without.
 
     Thread:
         Must be advanced and closed on the thread that first advanced it.
@@ -380,23 +404,19 @@ class StagedRun(Run):
         self,
         model: nn.Module,
         x: Any,
-        cuts: CutMap,
-        heads: Sequence[Head | None],
-        *,
+        stages: Stages,
+        output: OutputName,
+        shrinks: Callable[[Any], bool],
         keep: bool = False,
         mask: Tensor | None = None,
-        output: OutputName = None,
-        shrinks: Callable[[Any], bool] = lambda _: True,
     ) -> None:
         self._position = Position(Ambient())
         self._model: nn.Module | None = model
         self._x = x
-        self._cuts = cuts
-        self._heads = heads
+        self._stages = stages
+        self._output = output
         self._keep = keep
         self._mask = mask
-        self._output = output
-        self._last = len(heads) - 1
         self._shrinks: Callable[[Any], bool] | None = shrinks
 
     def __next__(self) -> StagedExit:
@@ -411,7 +431,7 @@ class StagedRun(Run):
             # The stage may have overwritten the features before it failed.
             self._position.exit = None
             raise
-        self._finished = index == self._last
+        self._finished = index == self._stages.last
         return exit
 
     def _exit_at(self, index: int, value: Tensor) -> StagedExit:
@@ -419,10 +439,10 @@ class StagedRun(Run):
         position = self._position
         if self._size is not None:
             self._check_rows(index, value, self._size)
-        if self._keep and index != self._last:
+        if self._keep and index != self._stages.last:
             value = position.ambient.call(torch.clone, value)
         position.exit = index
-        return StagedExit(index, value, self._heads[index], position, self._keep, self._mask)
+        return StagedExit(index, value, self._stages.heads[index], position, self._keep, self._mask)
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Go on with these samples only, in this order.
@@ -478,7 +498,7 @@ class StagedRun(Run):
         given: tuple[Any, ...] = (self._rows,)
         if runner is None:
             self._owner = threading.current_thread()
-            runner = self._runner = _start(self._position.ambient, self._cuts)
+            runner = self._runner = _start(self._position.ambient, self._stages.cuts)
             given = (self._position.ambient.enclose, call_model, self._model, self._x)
         else:
             self._rows = None
@@ -490,7 +510,7 @@ class StagedRun(Run):
         # A finished run keeps nothing alive.
         self._runner = self._model = self._x = self._shrinks = None
         _keep(runner)
-        return self._last, output_tensor(result.take(), self._output)
+        return self._stages.last, output_tensor(result.take(), self._output)
 
     def close(self) -> None:
         """Throw away the rest of the run, if there is any."""
@@ -515,10 +535,16 @@ class StagedRun(Run):
         if self._runner is not None or self._finished:
             super().walk(visit)
             return
+        ambient = self._position.ambient
+        model: Any = self._model
         visits = _Visits(self, visit)
+        here = ambient.here()
         self._walking = True
         try:
-            output = self._position.ambient.around(_through, self._model, self._x, visits)
+            if here:
+                output = _through(model, self._x, visits)
+            else:
+                output = ambient.enclose(_through, model, self._x, visits)
         except _Leave:
             if not visits.left:
                 raise
@@ -526,13 +552,15 @@ class StagedRun(Run):
             self._position.exit = None
             raise
         finally:
+            if here and not ambient.here():
+                ambient.restore()
             self._walking = False
             self._finished = True
             self._model = self._x = self._shrinks = None
         if visits.error is not None:
             raise visits.take()
         if not visits.left:
-            visit(self._exit_at(self._last, output_tensor(output, self._output)))
+            visit(self._exit_at(self._stages.last, output_tensor(output, self._output)))
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # At the interpreter's end the modules that close() needs are gone, and memory is freed.
@@ -560,15 +588,14 @@ class _Visits:
         error: what a visit raised.
     """
 
-    __slots__ = ("_ambient", "_calls", "_cuts", "_run", "_visit", "_visiting", "error", "left")
+    __slots__ = ("_calls", "_cuts", "_position", "_run", "_visit", "error", "left")
 
     def __init__(self, run: StagedRun, visit: Visit) -> None:
         self._run = run
         self._visit = visit
-        self._ambient = run._position.ambient
-        self._cuts = run._cuts
+        self._position = run._position
+        self._cuts = run._stages.cuts
         self._calls: dict[nn.Module, int] = {}
-        self._visiting = False
         self.left = False
         self.error: BaseException | None = None
 
@@ -580,7 +607,8 @@ class _Visits:
         Returns:
             The output that replaces the module's output; None leaves it as it is.
         """
-        if self._visiting:
+        position = self._position
+        if position.visited:
             # What a visit calls is no part of this forward.
             return None
         calls = self._calls
@@ -590,17 +618,17 @@ class _Visits:
             return None
         features = output if isinstance(output, Tensor) else first_tensor(output)
         if not self.left:
-            self._visiting = True
+            position.visited = True
             try:
-                if self._ambient.here():
+                if position.ambient.here():
                     self.left = self._visit(self._run._exit_at(index, features))
                 else:
-                    self.left = self._ambient.enclose(self._called, index, features)
+                    self.left = position.ambient.enclose(self._called, index, features)
             except BaseException as error:
                 # Not through the model, whose own code may catch it.
                 self.error = error
                 self.left = True
-            self._visiting = False
+            position.visited = False
         # Again and again, in case the model's own code catches it.
         if self.left:
             raise _Leave

@@ -52,8 +52,9 @@ class ThresholdPolicy(TaskPolicy):
     score: str
     thresholds: tuple[float, ...]
     cost: Cost = "time"
-    # The score in plain numbers, looked up once; None where there is none.
-    plain_score: Any = dataclasses.field(
+    # For one sample: the score in plain numbers and in tensors, and the thresholds as tensors of
+    # single precision compare with them. None where the score is not ready-made.
+    for_one: Any = dataclasses.field(
         default=None, init=False, repr=False, compare=False, metadata={"stored": False}
     )
 
@@ -67,9 +68,10 @@ class ThresholdPolicy(TaskPolicy):
                 f"the last threshold is {self.thresholds[-1]}; expected -inf, since the last exit "
                 "always stops."
             )
-        ready_made = is_classification(self.task) and self.means.scores is SCORES
-        plain = rows.SCORES.get(self.score) if ready_made else None
-        object.__setattr__(self, "plain_score", plain)
+        if is_classification(self.task) and self.means.scores is SCORES and self.score in SCORES:
+            bounds = torch.tensor(self.thresholds, dtype=torch.float32).tolist()
+            for_one = rows.SCORES[self.score], SCORES[self.score], bounds
+            object.__setattr__(self, "for_one", for_one)
 
     @property
     def num_exits(self) -> int:
@@ -106,15 +108,16 @@ class ThresholdPolicy(TaskPolicy):
 
     def stops_one(self, exit: int, output: Tensor | None, pooled: Tensor | None) -> bool:
         """Tell by plain numbers, if possible, whether the only sample is done."""
-        plain = self.plain_score
-        if plain is not None and output is not None:
-            row = row_of(output)
-            if row is not None:
-                above = plain(row) - self.thresholds[exit]
-                # A score that is no number is not above, below or close.
-                if above > CLOSE or above < -CLOSE:
-                    return bool(above > 0.0)
-        return bool(self.stops(exit, output, pooled))
+        if self.for_one is None or output is None:
+            return bool(self.stops(exit, output, pooled))
+        plain, score, bounds = self.for_one
+        row = row_of(output)
+        if row is not None:
+            above = plain(row) - self.thresholds[exit]
+            # A score that is no number is not above, below or close.
+            if above > CLOSE or above < -CLOSE:
+                return bool(above > 0.0)
+        return bool(score(output).item() >= bounds[exit])
 
     @classmethod
     def exits_of_each(

@@ -9,10 +9,13 @@ import bisect
 import collections
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # Time reserved before every deadline for returning the answer.
 RESERVE_S = 100e-6
+
+# So many new ratios are sorted in one by one.
+FEW = 20
 
 # The quantile that each statistic of measured times stands for. The largest time counts as p999.
 QUANTILES = {"mean": 0.5, "p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 0.999}
@@ -40,6 +43,8 @@ class SlowdownEstimator:
         It was chosen by simulation over steps in the direction of each error (adaptive conformal
         inference, Gibbs and Candes 2021), which are either slow to fall after a load or high
         without one.
+    Attributes:
+        observe: function to call with the ratio of a stage, measured over profiled time.
     Thread:
         May be used from any thread.
     """
@@ -57,9 +62,17 @@ class SlowdownEstimator:
             )
         count = max(50, round(2.0 / (1.0 - quantile)))
         self._place = min(count, math.ceil((count + 1) * quantile)) - 1
-        self._lock = threading.Lock()
-        self._latest = collections.deque([1.0] * count)
-        self._sorted = [1.0] * count
+        self._start([1.0] * count)
+
+    def _start(self, ratios: Sequence[float]) -> None:
+        """Begin with a window of ratios."""
+        self._lock = threading.RLock()
+        self._latest = collections.deque(ratios, maxlen=len(ratios))
+        self._sorted = sorted(ratios)
+        # What was observed and is not in the window yet, at most as much as fits there.
+        self._new: collections.deque[float] = collections.deque(maxlen=len(ratios))
+        # A function in C, because it is called at every exit, where the caches are cold.
+        self.observe: Callable[[float], None] = self._new.append
 
     @property
     def scale(self) -> float:
@@ -67,26 +80,32 @@ class SlowdownEstimator:
 
         It is below 1 where the profile was made in a bad moment.
         """
+        if self._new:
+            self._catch_up()
         return self._sorted[self._place]
 
-    def observe(self, ratio: float) -> None:
-        """Record that a stage took `ratio` times its profiled time."""
-        if ratio < self.STEP:
-            ratio = _STEPS[bisect.bisect_left(_STEPS, ratio)]
-        else:
-            ratio = min(max(1.0, ratio), self.LARGEST)
-        if ratio == self._latest[0]:
-            # What comes is what goes, as is usual: the sorted window stays as it is, whatever
-            # other threads do meanwhile.
-            self._latest.rotate(-1)
-            return
+    def _catch_up(self) -> None:
+        """Move the window over all that was observed, which waits until somebody asks."""
         with self._lock:
-            gone = self._latest.popleft()
-            self._latest.append(ratio)
-            # Insert before deleting: another thread that reads the scale meanwhile must not find
-            # too few entries.
-            bisect.insort(self._sorted, ratio)
-            del self._sorted[bisect.bisect_left(self._sorted, gone)]
+            if len(self._new) > FEW:
+                count = len(self._new)
+                self._latest.extend([self._counted(self._new.popleft()) for _ in range(count)])
+                self._sorted = sorted(self._latest)
+            while self._new:
+                ratio = self._counted(self._new.popleft())
+                gone = self._latest[0]
+                self._latest.append(ratio)
+                if ratio != gone:
+                    # Insert before deleting: another thread that reads the scale meanwhile must
+                    # not find too few entries.
+                    bisect.insort(self._sorted, ratio)
+                    del self._sorted[bisect.bisect_left(self._sorted, gone)]
+
+    def _counted(self, ratio: float) -> float:
+        """Return as what a ratio counts."""
+        if ratio < self.STEP:
+            return _STEPS[bisect.bisect_left(_STEPS, ratio)]
+        return min(max(1.0, ratio), self.LARGEST)
 
     def answered(self, *, late: bool, exit: int) -> None:
         """Record whether an answer with a deadline was late, for estimates that learn from that.
@@ -102,9 +121,8 @@ class SlowdownEstimator:
         This is for a slow machine that gets no work, and so measures nothing new.
         """
         with self._lock:
-            # A copy, because another thread may turn the window meanwhile.
-            latest = self._latest.copy()
-            self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in latest)
+            self._catch_up()
+            self._latest.extend([1.0 + 0.95 * (ratio - 1.0) for ratio in self._latest])
             self._sorted = sorted(self._latest)
 
 
@@ -158,7 +176,9 @@ class TimePredictor:
             deadline: instant of the deadline, in seconds.
             reserve_s: seconds that must be left after the answer.
         """
-        return exit >= len(self._next_s) or now + self.needs_s(exit) + reserve_s <= deadline
+        if exit >= len(self._next_s):
+            return True
+        return now + self._next_s[exit] * self.drift.scale + reserve_s <= deadline
 
     def observe(self, exit: int, measured_s: float, *, answered: bool = False) -> None:
         """Record the measured time of an exit.

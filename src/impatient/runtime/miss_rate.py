@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
-import collections
 import math
-import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -37,22 +34,13 @@ class LatestRatios(SlowdownEstimator):
     """
 
     def __init__(self, spread: Sequence[float] = (1.0,)) -> None:
-        self._lock = threading.Lock()
         count = len(spread)
-        self._latest = collections.deque(spread[place * count // WINDOW] for place in range(WINDOW))
-        self._sorted = sorted(self._latest)
+        self._start([spread[place * count // WINDOW] for place in range(WINDOW)])
         self._place = WINDOW // 2
         self.renewals: list[Callable[[], object]] = []
 
-    def observe(self, ratio: float) -> None:
-        """Record that a stage took `ratio` times its profiled median."""
-        ratio = min(ratio, self.LARGEST)
-        with self._lock:
-            gone = self._latest.popleft()
-            self._latest.append(ratio)
-            # Insert before deleting: another thread may read the scale meanwhile.
-            bisect.insort(self._sorted, ratio)
-            del self._sorted[bisect.bisect_left(self._sorted, gone)]
+    def _counted(self, ratio: float) -> float:
+        return min(ratio, self.LARGEST)
 
     # Every answer counts, late or not, from whichever exit.
     def answered(self, *, late: bool, exit: int) -> None:  # noqa: ARG002
@@ -63,6 +51,7 @@ class LatestRatios(SlowdownEstimator):
 
     def grouped(self) -> tuple[np.ndarray, np.ndarray]:
         """Return means of groups of similar ratios, small groups in the tail, and their shares."""
+        self._catch_up()
         ratios = np.array(self._sorted[:WINDOW])
         starts = np.concatenate([[0], np.cumsum(GROUPS)[:-1]])
         return np.add.reduceat(ratios, starts) / GROUPS, np.array(GROUPS) / WINDOW

@@ -26,7 +26,8 @@ class RightInTime(TimePredictor):
     last exit to the first). A stage is taken to last its profiled median times one of the latest
     200 ratios of measured time over median, whichever the stage, independent of those before.
 
-    One exit is computed anew after each answer, the deepest first, so that no answer waits for all.
+    One exit is computed anew after each answer that it was asked for, the deepest first, so that no
+    answer waits for all.
 
     Args:
         next_s: for each exit, the median time of its stage and head together.
@@ -63,15 +64,23 @@ class RightInTime(TimePredictor):
         self._turn = 0
         for _ in self._worth:
             self._renew()
-        latest.renewals.append(self._renew)
+        # Whether an answer has depended on it since: other batch sizes have predictors, too.
+        self._asked = False
+        latest.renewals.append(self._renew_if_asked)
 
     def fits(self, exit: int, now: float, deadline: float, reserve_s: float) -> bool:
         """Tell whether going on to an exit is worth more than answering before it."""
         if exit == 0 or exit >= len(self._next_s):
             return super().fits(exit, now, deadline, reserve_s)
+        self._asked = True
         step_s, _, goes_on = self._worth[exit - 1]
         place = int((deadline - reserve_s - now) / step_s)
         return place >= 0 and goes_on[min(place, POINTS - 1)]
+
+    def _renew_if_asked(self) -> None:
+        if self._asked:
+            self._asked = False
+            self._renew()
 
     def _renew(self) -> None:
         """Compute anew what one exit is worth, the one before that of the last call."""

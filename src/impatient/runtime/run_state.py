@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from impatient.anytime import Exit, Network, Run, begin
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.clock import Clock
 from impatient.errors import PolicyError, RunError
 from impatient.inputs import first_tensor, synchronise
 from impatient.policies.policy import Policy
@@ -20,19 +20,57 @@ from impatient.runtime.limits import Limit
 from impatient.runtime.progress import BatchProgress
 
 
+class Looks(NamedTuple):
+    """What a policy looks at where it is asked."""
+
+    outputs: bool
+    features: bool
+
+
+def looks_of(policy: Policy, exit: int) -> Looks | None:
+    """Return what a policy looks at, None where it is not asked."""
+    if not policy.looks_at(exit):
+        return None
+    return Looks(policy.needs_outputs, policy.needs_features)
+
+
+class Plan:
+    """What the runs of a runner share.
+
+    Args:
+        network: network to run.
+        policy: policy that runs have unless they get another one.
+        compaction: rule for removing samples that have stopped from a batch.
+        clock: clock to read what stages, heads and decisions take.
+    """
+
+    __slots__ = ("compaction", "last", "looks", "network", "now", "policy")
+
+    def __init__(
+        self, network: Network, policy: Policy | None, compaction: Compaction, clock: Clock
+    ) -> None:
+        self.network = network
+        self.policy = policy
+        self.compaction = compaction
+        self.now = clock.now
+        self.last = network.num_exits - 1
+        self.looks: tuple[Looks | None, ...] = (None,) * self.last
+        if policy is not None:
+            self.looks = tuple(looks_of(policy, exit) for exit in range(self.last))
+
+
 class RunState:
     """A run that waits at each exit until it is advanced.
 
     Args:
-        network: network to run.
+        plan: what it shares with other runs.
         x: input of the network.
         samples: number of samples in it.
         policy: policy that stops samples early; None stops none.
-        compaction: rule for removing samples that have stopped from the batch.
-        clock: clock to read what heads and decisions take.
     Attributes:
         exit: exit that the run has reached; None before the first.
         spent: exits that the run has reached, each with whether its head has run.
+        device: device of the input; None for the CPU.
         stages_s, heads_s, decisions_s: seconds that the parts took since `reset_times`.
 
     Thread:
@@ -44,9 +82,10 @@ class RunState:
     stages_s = heads_s = decisions_s = 0.0
     # Seconds of the first stage and its head, the head as profiled.
     first_s = 0.0
-    # Instants at which the latest stage began and ended.
+    # Instant at which the latest stage began.
     began = 0.0
-    reached_at = 0.0
+    # None where nothing is computed in the background.
+    device: torch.device | None = None
     # Batches of several samples have one, once they have begun.
     _progress: BatchProgress | None = None
     # The network's run. None before the first stage and after closing.
@@ -61,22 +100,19 @@ class RunState:
 
     def __init__(
         self,
-        network: Network,
+        plan: Plan,
         x: Any,
         samples: int,
         policy: Policy | None,
-        compaction: Compaction,
-        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        tensor = first_tensor(x)
-        self._network = network
+        tensor = x if isinstance(x, Tensor) else first_tensor(x)
+        if not tensor.is_cpu:
+            self.device = tensor.device
+        self._plan = plan
+        self._now = plan.now
+        self._last = plan.last
         self._policy = policy
-        self._compaction = compaction
-        self._now = clock.now
-        self._last = network.num_exits - 1
         self._x: Any = x
-        # None where nothing is computed in the background.
-        self._device = None if tensor.is_cpu else tensor.device
         self.samples = samples
         self.spent: list[tuple[int, bool]] = []
         self._cancelling = threading.Lock()
@@ -87,17 +123,9 @@ class RunState:
         return self.samples if self._progress is None else self._progress.size
 
     @property
-    def device(self) -> torch.device | None:
-        """Return the device of the input.
-
-        None stands for the CPU.
-        """
-        return self._device
-
-    @property
     def exit_names(self) -> tuple[str, ...]:
         """Return the names of the network's exits."""
-        return self._network.exit_names
+        return self._plan.network.exit_names
 
     @property
     def policy(self) -> Policy | None:
@@ -138,16 +166,16 @@ class RunState:
         self._over = True
         self._begin().walk(visit)
 
-    def reach(self, exit: Exit) -> None:
-        """Note that a stage has run."""
-        if self._device is not None:
-            synchronise(self._device)
+    def reach(self, exit: Exit) -> float:
+        """Note that a stage has run, and return the instant."""
+        if self.device is not None:
+            synchronise(self.device)
         now = self._now()
-        self.reached_at = now
         self.stages_s += now - self.began
         self.exit = exit
         self._stopped = None
         self.spent.append((exit.index, False))
+        return now
 
     def go_on(self) -> None:
         """Go on to the next stage, which begins now."""
@@ -175,29 +203,34 @@ class RunState:
             return "policy"
         if self._stopped is None:
             policy = self._policy
-            self._stopped = (
-                policy is not None and policy.looks_at(index) and self._asked(policy, exit)
-            )
+            plan = self._plan
+            if policy is None or policy is plan.policy:
+                looks = None if policy is None else plan.looks[index]
+            else:
+                looks = looks_of(policy, index)
+            self._stopped = looks is not None and self._asked(exit, looks)
         return "policy" if self._stopped else None
 
-    def _asked(self, policy: Policy, exit: Exit) -> bool:
+    def _asked(self, exit: Exit, looks: Looks) -> bool:
         """Ask the policy whether all samples have stopped at this exit."""
+        policy: Any = self._policy
         now = self._now
+        began = now()
         output = None
-        asked = began = now()
-        if policy.needs_outputs:
+        if looks.outputs:
             output = exit.output()
-            asked = now()
-            self.heads_s += asked - began
+            decided = now()
+            self.heads_s += decided - began
             self.spent[-1] = (exit.index, True)
+            began = decided
         if self._progress is None:
             # With one sample there is nothing to merge or remove, and every call here adds to the
             # time of each answer.
-            pooled = self._network.pooled(exit) if policy.needs_features else None
-            stopped = policy.stops_one(exit.index, output, pooled)
+            pooled = self._plan.network.pooled(exit) if looks.features else None
+            stopped: bool = policy.stops_one(exit.index, output, pooled)
         else:
             stopped = self._progress.add(exit)
-        self.decisions_s += now() - asked
+        self.decisions_s += now() - began
         return stopped
 
     def answer(self) -> tuple[Tensor, tuple[int, ...]]:
@@ -207,12 +240,14 @@ class RunState:
         """
         exit = self.exit
         assert exit is not None
+        index, ran = self.spent[-1]
         began = self._now()
         output = exit.output()
-        self.heads_s += self._now() - began
-        self.spent[-1] = (exit.index, True)
+        if not ran:
+            self.heads_s += self._now() - began
+            self.spent[-1] = (index, True)
         # A later stage may overwrite the output.
-        over = self._over or exit.index == self._last
+        over = self._over or index == self._last
         if self._progress is None:
             return output if over else output.clone(), exit.exits
         return self._progress.finish(exit) if over else self._progress.snapshot(exit)
@@ -270,13 +305,15 @@ class RunState:
 
     def _begin(self) -> Run:
         policy = self._policy
+        network = self._plan.network
         run = (
-            self._network.routed_exits(self._x, policy)
+            network.routed_exits(self._x, policy)
             if policy is not None and policy.routes
-            else begin(self._network, self._x)
+            else begin(network, self._x)
         )
         self._run = run
         if self.samples > 1:
-            self._progress = BatchProgress(policy, self._network, self._x, run, self._compaction)
+            compaction = self._plan.compaction
+            self._progress = BatchProgress(policy, network, self._x, run, compaction)
         self.began = self._now()
         return run

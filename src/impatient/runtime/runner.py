@@ -9,11 +9,12 @@ not worth its cost. Both can be stopped and continued later from where they were
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -53,7 +54,7 @@ from impatient.runtime.rows import (
     row_deadlines,
     row_limits,
 )
-from impatient.runtime.run_state import RunState
+from impatient.runtime.run_state import Plan, RunState
 
 
 class Runner:
@@ -128,6 +129,7 @@ class Runner:
         if not isinstance(compaction, Compaction):
             compaction = Compaction(costs=costs, when=compaction, buckets=network.buckets)
         self._compaction = compaction
+        self._plan = Plan(network, self.policy, compaction, clock)
         self._drift = _estimator_of(statistic, miss_rate, accuracy, costs)
         # Late answers themselves say how much must be left.
         self._reserve_s = RESERVE_S if miss_rate is None else 0.0
@@ -146,6 +148,12 @@ class Runner:
         names: Any = (NAMES if real_time else ()) if isinstance(real_time, bool) else real_time
         self.real_time = RealTime(names)
         self._quiet = self.real_time.quiet
+        # As torch.inference_mode(), whose Python takes as long as a decision.
+        self._modes: Callable[[], contextlib.AbstractContextManager[None]] = (
+            functools.partial(_quietly, self._quiet)
+            if "gc" in names
+            else functools.partial(torch._C._InferenceMode, True)
+        )
         weakref.finalize(self, self.real_time.close)
 
     def __reduce__(self) -> Any:
@@ -285,16 +293,15 @@ class Runner:
                 "the network is in training mode, in which its answers are random or change its "
                 "batch-norm statistics; expected eval mode. Call network.eval() first."
             )
-        return self._draw(self.policy, samples)
+        policy = self.policy
+        return None if policy is None else policy.for_run(samples, next(self._runs))
 
     def drawn(self, policy: Policy | None, samples: int) -> Policy | None:
         """Check another policy, and make the random draws of one run."""
         self._check_policy(policy, self.network)
-        task = self.network.task
-        return self._draw(None if policy is None else policy.for_task(task), samples)
-
-    def _draw(self, policy: Policy | None, samples: int) -> Policy | None:
-        return None if policy is None else policy.for_run(samples, next(self._runs))
+        if policy is None:
+            return None
+        return policy.for_task(self.network.task).for_run(samples, next(self._runs))
 
     @functools.cached_property
     def _differs_in_training(self) -> bool:
@@ -326,7 +333,7 @@ class Runner:
     def _new_state(self, x: Any) -> RunState:
         samples = batch_size_of(x)
         policy = self.begun(samples)
-        return RunState(self.network, x, samples, policy, self._compaction, self.clock)
+        return RunState(self._plan, x, samples, policy)
 
     def by_row(
         self, state: RunState, deadline: Deadlines, limits: Limits | None, *, predicts: bool = True
@@ -423,7 +430,7 @@ class ContractRun:
         self._runner = runner
         self._observes = observe
         self._state = runner._new_state(x)
-        self._plan()
+        self._choose_predictor()
 
     def run(
         self,
@@ -450,7 +457,7 @@ class ContractRun:
         begin = self._runner.clock.now()
         state = self._state
         state.check_open()
-        with self._runner._quiet, torch.inference_mode():
+        with self._runner._modes():
             self._prepare(begin, deadline, limits)
             if not isinstance(policy, str):
                 state.override(self._runner.drawn(policy, state.samples))
@@ -468,10 +475,11 @@ class ContractRun:
 
         Nothing pauses, so that is faster.
         """
-        begin = self._runner.clock.now()
-        with self._runner._quiet, torch.inference_mode():
+        begin = self._begin = self._runner._plan.now()
+        with self._runner._modes():
             if isinstance(deadline, Deadline) and not limits:
-                self._prepare(begin, deadline, None)
+                if deadline is not NEVER:
+                    self._prepare(begin, deadline, None)
             else:
                 given = self._runner.by_row(self._state, deadline, limits)
                 self._rows, last, self._earliest = given
@@ -517,12 +525,13 @@ class ContractRun:
             self._runner._check_first(self._predictor, now, self._earliest)
             self._runner._check_limits(self._limits)
 
-    def _plan(self) -> None:
+    def _choose_predictor(self) -> None:
         """Find the predictor for the rows that the next stage runs."""
         size = self._state.size
-        self._predictor = self._runner._predictor(size)
+        known = self._runner._predictors.get(size)
+        self._predictor = self._runner._predictor(size) if known is None else known
         # Whether the time of a stage says something about the profile.
-        self._profiled = self._observes and size in self._runner._predictors
+        self._profiled = self._observes and known is not None
 
     def _step(self, exit: Exit, *, again: bool = False) -> bool:
         """Do what is to be done at an exit, and tell whether to stop there.
@@ -535,33 +544,35 @@ class ContractRun:
         # Seconds of the stage. None: they were observed already, or say nothing about the profile.
         stage_s = None
         if not again:
-            state.reach(exit)
+            now = state.reach(exit)
             # The time of a part of a batch says nothing about the profile of the whole.
             if self._profiled and exit.whole:
-                stage_s = state.reached_at - state.began
+                stage_s = now - state.began
             if not exit.index:
-                state.first_s = state.reached_at - self._begin + self._runner._first_head_s
+                state.first_s = now - self._begin + self._runner._first_head_s
         stopped_by: StoppedBy | None = state.stops()
         if self._bounded:
             stopped_by = self._within(stopped_by)
-        self._stopped_by = stopped_by
         if stopped_by is not None:
+            self._stopped_by = stopped_by
             self._found = state.answer()
             if stage_s is not None:
-                answer_s = self._runner.clock.now() - state.began
+                answer_s = self._runner._plan.now() - state.began
                 self._predictor.observe(exit.index, answer_s, answered=True)
             return True
         if stage_s is not None:
             self._predictor.observe(exit.index, stage_s)
-        state.go_on()
         if state.samples > 1:
-            self._plan()
+            state.go_on()
+            self._choose_predictor()
+        else:
+            state.began = self._runner._plan.now()
         return False
 
     def _within(self, stopped_by: StoppedBy | None) -> StoppedBy | None:
         """Find out whether to stop at this exit because of a limit or the deadline."""
         state = self._state
-        now = self._runner.clock.now()
+        now = self._runner._plan.now()
         if self._rows is not None:
             self._rows.mark(now)
         if stopped_by is not None:
@@ -599,6 +610,12 @@ class ContractRun:
         if self._observes:
             self._runner._note(answer, deadline.instant - begin)
         return answer
+
+
+@contextlib.contextmanager
+def _quietly(quiet: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    with quiet, torch.inference_mode():
+        yield
 
 
 def _estimator_of(
