@@ -2,21 +2,25 @@
 
 The same command again must go on.
 
-    # about 15 minutes
+    # about half an hour
     python benchmarks/kills.py
+    # some of them; the page keeps the other rows, each with the commit that it was measured at
+    python benchmarks/kills.py --verb export --verb ensemble
     # seconds, to see that it runs
     python benchmarks/kills.py --smoke
 
 Each verb runs in a forked process on a copy of a run directory, and is killed (SIGKILL) just before
 and just after each of its renames, and at moments drawn over its running time. Then the same
 command runs again. It must end well, and leave what an undisturbed run leaves: the same files,
-hidden ones counted, with the same content but for dates and measured times. After that, two
-processes train into one directory at once: one of them must be refused.
+hidden ones counted, with the same content but for dates and measured times. Where the killed one
+had left all of that already, the second may be refused, as `export` is without `--force`. After
+that, two processes train into one directory at once: one of them must be refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -54,6 +58,10 @@ MEASURED = {"created", "seconds", "costs", "fingerprint", "weights_file"}
 TIMED = re.compile(
     r"(profile\S*|evaluation|costs)\.json|gates\.(json|safetensors)|report\.html|metrics\.csv"
 )
+
+
+# The row of processes that train into one directory at once.
+TWO = "two trainings at once"
 
 
 @dataclass(frozen=True)
@@ -211,8 +219,9 @@ def killed(verb: Verb, folder: Path, random_kills: int, dice: random.Random) -> 
     for where, kill in _ways(verb, folder, renames, takes_s, random_kills, dice):
         fresh(verb, folder)
         died += kill() == -signal.SIGKILL
+        complete = content(folder / "run") == wanted
         code = in_child(lambda: run_verb(verb, folder, said))
-        if code:
+        if code and not complete:
             problems.append(f"{where}: the same command again: {said.read_text()[-300:]}")
             continue
         problems += [f"{where}: {name}" for name in differing(content(folder / "run"), wanted)]
@@ -278,7 +287,7 @@ def two_at_once(folder: Path, times: int, dice: random.Random) -> Row:
         outcomes.append((min(codes), max(codes)))
         if not (right and refused):
             print(f"PROBLEM two trainings: {codes} {[text[-200:] for text in texts]}", flush=True)
-    return {"verb": "two trainings at once", "kills": "", "times": times, "problems": problems}
+    return {"verb": TWO, "times": times, "problems": problems}
 
 
 def verbs(folder: Path) -> list[Verb]:
@@ -289,7 +298,7 @@ def verbs(folder: Path) -> list[Verb]:
         before = folder / f"before{index}"
         if run.is_dir():
             shutil.copytree(run, before)
-        label = " ".join([name, *(option for option in options if option in ("--delta",))])
+        label = " ".join([name, *(each for each in options if each in ("--delta", "--learner"))])
         made.append(Verb(label, before, (name, "RUN", *options)))
         # Threads of an engine would not survive in forked processes, so nothing runs in this one.
         if in_child(lambda: run_verb(made[-1], folder, folder / "said.txt")):
@@ -315,7 +324,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two verbs; writes nothing")
     parser.add_argument("--random", type=int, default=10, help="random kills of each verb")
     parser.add_argument("--pairs", type=int, default=20, help="trainings at once")
-    parser.add_argument("--verb", help="only this one; writes nothing")
+    parser.add_argument("--verb", action="append", help="only this one, which the page calls so")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     dice = random.Random(0)
@@ -324,20 +333,31 @@ def main() -> None:
         chosen = verbs(folder)
         if asked.smoke:
             chosen = [verb for verb in chosen if verb.name == "fit"]
-        if asked.verb:
-            chosen = [verb for verb in chosen if verb.name == asked.verb]
-        rows: list[Row] = []
-        for verb in chosen:
-            rows.append(killed(verb, folder, 2 if asked.smoke else asked.random, dice))
-            print(json.dumps(rows[-1]), flush=True)
-        if not asked.verb:
-            rows.append(two_at_once(folder, 1 if asked.smoke else asked.pairs, dice))
-            print(json.dumps(rows[-1]), flush=True)
-    if not (asked.smoke or asked.verb):
-        sys.path.insert(0, str(Path(__file__).parent))
-        from common import write_results
+        order = [*(verb.name for verb in chosen), TWO]
+        for name in asked.verb or order:
+            if name == TWO:
+                row = two_at_once(folder, 1 if asked.smoke else asked.pairs, dice)
+            else:
+                verb = next(verb for verb in chosen if verb.name == name)
+                row = killed(verb, folder, 2 if asked.smoke else asked.random, dice)
+            print(json.dumps(row), flush=True)
+            if not asked.smoke:
+                write_page(row, order)
 
-        write_results("kills", "Killed verbs", str(__doc__), rows)
+
+def write_page(row: Row, order: Sequence[str]) -> None:
+    """Write the page with this row, and the others as they are there."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from common import RESULTS, commit, write_results
+
+    rows: dict[str, Row] = {}
+    if (RESULTS / "kills.csv").is_file():
+        with (RESULTS / "kills.csv").open(encoding="utf-8") as file:
+            rows = {each["verb"]: dict(each) for each in csv.DictReader(file)}
+    rows[str(row["verb"])] = row | {"commit": commit()}
+    columns = dict.fromkeys(("verb", "renames", "kills", "ended before the kill", "times"), "")
+    known = [columns | rows[name] for name in order if name in rows]
+    write_results("kills", "Killed verbs", str(__doc__), known)
 
 
 if __name__ == "__main__":

@@ -323,6 +323,7 @@ def test_pictures_are_normalised_as_said(tmp_path):
         ("uint8", torch.tensor([[0, 255]]), True),
         ("uint8", torch.tensor([[0, 256]]), False),
         ("uint8", torch.tensor([[0.0, 255.0]]), False),
+        ("uint8", torch.tensor([[True, False]]), False),
         ("float32", torch.tensor([[1, 2]]), True),
         ("float32", torch.tensor([[1e300]], dtype=torch.float64), False),
         ("int64", torch.tensor([[1.0]]), False),

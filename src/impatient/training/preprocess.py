@@ -125,6 +125,7 @@ class Preprocess:
         whole = not raw.is_floating_point() and not raw.is_complex()
         fits = whole or wanted == "float32"
         if wanted == "uint8" and raw.dtype != torch.uint8:
+            whole = whole and raw.dtype != torch.bool
             fits = whole and bool(((raw >= 0) & (raw <= 255)).all())
             raw = raw.to(torch.uint8) if fits else raw
         if not fits:
