@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +18,13 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc as triton
+from torch import nn
 
 from asking import HEAD, all_from, ask, body_of, connected, infer, reply_from
 from fakes import wait_until
-from impatient.serving.scheduler import Refuse
+from impatient import Network, attach_exits
+from impatient.serving.rules import Fixed, GreedyGain
+from impatient.serving.scheduler import Refuse, Rule
 from impatient.serving.service import Limits, Service
 from served import Gated, hosted, serving, serving_both
 
@@ -42,11 +46,11 @@ class Picky(Gated):
             yield exit
 
 
-def in_service(network, asked, **limits):
+def in_service(network, asked, rule=None, **limits):
     """Run `asked(service)` on a loop of its own."""
 
     async def whole():
-        service = Service([hosted(network)], Limits(**{"default_s": 5.0, **limits}))
+        service = Service([hosted(network)], Limits(**{"default_s": 5.0, **limits}), rule)
         await service.start()
         try:
             return await asked(service)
@@ -164,6 +168,93 @@ def test_stages_follow_each_other_while_the_event_loop_is_held() -> None:
         assert [event.exit for event in await asking] == [0, 1, 2, 2]
 
     in_service(network, asked)
+
+
+class Gate(nn.Module):
+    """A layer at which a test may hold a stage, or let it fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: Callable[[torch.Tensor], object] = lambda _: None
+
+    def forward(self, x):
+        self.at(x)
+        return x
+
+
+def gated_layers() -> tuple[Network, list[Gate]]:
+    """Three exits attached to layers, with a gate in each stage, and one in each early head."""
+    torch.manual_seed(0)
+    gates = [Gate() for _ in range(5)]
+    layers = [layer for gate in gates[:3] for layer in (nn.Linear(4, 4), gate, nn.Tanh())]
+    heads = [
+        lambda _, width, gate=gate: nn.Sequential(nn.Linear(4, width), gate) for gate in gates[3:]
+    ]
+    backbone = nn.Sequential(*layers).eval()
+    network = attach_exits(backbone, after=["2", "5"], heads=heads, example=torch.zeros(1, 4))
+    return network.eval(), gates
+
+
+def test_a_caller_that_goes_costs_no_further_stage() -> None:
+    network, gates = gated_layers()
+    ran = []
+
+    async def asked(service: Service) -> None:
+        held, begun = threading.Event(), threading.Event()
+        for index, gate in enumerate(gates[:3]):
+            gate.at = functools.partial(lambda index, _: ran.append(index), index)
+        gates[1].at = lambda _: (ran.append(1), begun.set(), held.wait(20))
+        first = asyncio.ensure_future(events_of(service, [1, 2, 3, 4]))
+        await asyncio.to_thread(begun.wait, 20)
+        first.cancel()
+        await asyncio.wait({first})
+        held.set()
+        for _ in range(2):
+            assert (await events_of(service, [4, 3, 2, 1]))[0].exit == 2
+        assert ran == [0, 1, 0, 1, 2, 0, 1, 2]
+
+    in_service(network, asked)
+
+
+@pytest.mark.parametrize("rule", [GreedyGain(), Fixed()], ids=["ours", "fixed"])
+def test_networks_that_go_on_while_others_come_answer_each_with_its_own(rule: Rule) -> None:
+    dice = random.Random(0)
+    network, gates = gated_layers()
+    values = torch.randn(200, 4)
+    with torch.inference_mode():
+        wanted = [output.numpy() for output in network(values)]
+
+    async def asked(service: Service) -> None:
+        def hold(x: torch.Tensor) -> None:
+            time.sleep(dice.choice([0.0, 0.001]))
+            if dice.random() < 0.03:
+                raise RuntimeError("a stage that fails now and then")
+
+        for gate in gates[1:]:
+            gate.at = hold
+
+        async def one(number: int) -> int:
+            await asyncio.sleep(dice.random() * 0.3)
+            budget_s = dice.choice([0.004, 0.02, 5.0])
+            asking = events_of(service, values[number], budget_s=budget_s, streamed=number % 2)
+            try:
+                events = await asyncio.wait_for(asking, 0.005 if number % 7 == 0 else None)
+            except TimeoutError:
+                return -1
+            answers = [event for event in events if not isinstance(event, Refuse)]
+            for event in answers:
+                np.testing.assert_allclose(
+                    event.output[0], wanted[event.exit][number], rtol=1e-4, atol=1e-6
+                )
+            return answers[-1].exit if answers else -1
+
+        found = Counter(await asyncio.gather(*map(one, range(len(values)))))
+        # a slow machine answers from the first exits
+        assert found[0] + found[1] + found[2] > 20
+        assert not service._calls
+        wait_until(lambda: service.scheduler.idle)
+
+    in_service(network, asked, rule)
 
 
 def test_a_request_that_comes_meanwhile_waits_for_one_stage() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 import numpy as np
 
@@ -37,23 +36,24 @@ def without_answer(waiting: Sequence[Pending]) -> list[Pending]:
 
 def groups_of(waiting: Sequence[Pending], models: Models) -> list[list[Pending]]:
     """Return the requests that may go on together: of one model, depth and, mostly, batch."""
-
-    def kind(one: Pending) -> tuple[str, int, int]:
-        merges = models[one.request.model].merges
-        return one.request.model, one.exit, -1 if merges or one.group is None else one.group
-
-    going = sorted((one for one in waiting if one.exit >= 0), key=kind)
-    groups = [list(members) for _, members in groupby(going, kind)]
-    return [cut(members, models) for members in groups]
+    groups: dict[tuple[str, int, int], list[Pending]] = {}
+    for one in waiting:
+        if one.exit >= 0:
+            merges = models[one.request.model].merges
+            batch = -1 if merges or one.group is None else one.group
+            groups.setdefault((one.request.model, one.exit, batch), []).append(one)
+    return [cut(groups[kind], models) for kind in sorted(groups)]
 
 
 def cut(members: list[Pending], models: Models) -> list[Pending]:
     """Return as many of these requests as a batch may hold."""
     most = models[members[0].request.model].max_batch
-    kept = list(members[:1])
+    kept = members[:1]
+    rows = kept[0].request.rows
     for one in members[1:]:
-        if rows_of(kept) + one.request.rows <= most:
+        if rows + one.request.rows <= most:
             kept.append(one)
+            rows += one.request.rows
     return kept
 
 

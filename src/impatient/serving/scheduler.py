@@ -482,7 +482,7 @@ class Scheduler:
         rows = sum(one.request.rows for one in choice.pending)
         seconds = model.work_s(first, choice.last, rows)
         taken = {one.request.id for one in choice.pending}
-        if not fresh:
+        if not fresh and len(taken) < len(self._pending):
             # A batch that has begun can only shrink, so who is left out has all it can get.
             for one in self._waiting():
                 if one.group == group and one.request.id not in taken:

@@ -65,10 +65,10 @@ class TensorSpec:
         # Those who only read requests need no torch.
         import torch
 
-        from impatient.training.examples import padded
-
         if not self.differs:
             return torch.from_numpy(np.concatenate(arrays))
+        from impatient.training.examples import padded
+
         return padded([torch.tensor(row) for array in arrays for row in array], self.filler, side)
 
 

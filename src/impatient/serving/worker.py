@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -72,10 +73,12 @@ class _Batch:
         self.rows = rows
         self.run: Run = network.exits(x)
         self.places = _places(rows)
+        # whether it is run without pauses, and closed by that
+        self.walks = False
 
     def to(self, exit: int, requests: tuple[int, ...]) -> dict[int, Found]:
         """Compute what an exit gives some requests."""
-        self._keep(requests)
+        self.keep(requests)
         for one in self.run:
             if one.index == exit:
                 return self.found(one, requests)
@@ -84,15 +87,15 @@ class _Batch:
     def found(self, exit: Exit, requests: tuple[int, ...]) -> dict[int, Found]:
         """Compute the head of an exit, for the whole batch, and divide what it gives."""
         output = exit.output().float()
-        sure = self.score(output).numpy()
+        sure = self.score(output).tolist()
         # The network may write over what it gave.
         whole = output.numpy().copy()
-        places = {request: self.places[request] for request in requests}
+        places = self.places
         return {
-            request: (whole[place], float(sure[place].min())) for request, place in places.items()
+            request: (whole[places[request]], min(sure[places[request]])) for request in requests
         }
 
-    def _keep(self, requests: tuple[int, ...]) -> None:
+    def keep(self, requests: tuple[int, ...]) -> None:
         """Go on with these requests, with fewer rows if the network can."""
         if len(requests) == len(self.places) or not self.network.shrinks(self.x):
             return
@@ -102,7 +105,8 @@ class _Batch:
         self.places = _places({request: self.rows[request] for request in requests})
 
     def close(self) -> None:
-        self.run.close()
+        if not self.walks:
+            self.run.close()
 
     def apart(self) -> _Apart:
         """Begin each request anew, alone."""
@@ -208,11 +212,87 @@ class InferenceThread:
         """Do a job, and return the one that follows on it at once, if there is any."""
         for group in job.over:
             self._close(group)
+        if job.work.first == 0 and not self._batches:
+            return self._walked(job)
+        return self._told(self._done(job, functools.partial(self._stepped, job)))
+
+    def _stepped(self, job: Job) -> dict[int, Found]:
+        """Compute what a job asks for, and pause there."""
+        work = job.work
+        batch = self._begun(job) if work.first == 0 else self._batches[work.group]
+        return batch.to(work.last, work.requests)
+
+    def _walked(self, job: Job) -> Job | None:
+        """Do a job that begins a batch while no other is open, and the batch's later jobs.
+
+        So its network need not be able to pause between its stages, which is faster. Jobs of other
+        batches that come meanwhile are done at its exits.
+        """
+        group = job.work.group
+        following: Job | None = job
+
+        def visit(exit: Exit) -> bool:
+            nonlocal following
+            assert following is not None
+            now = following
+            if exit.index < now.work.last:
+                return False
+            found = functools.partial(batch.found, exit, now.work.requests)
+            following = self._told(self._done(now, found))
+            if exit.index == batch.network.num_exits - 1:
+                return False
+            following = self._next_of(batch, group, following)
+            if not self._waits(following, batch, group):
+                return True
+            batch.keep(following.work.requests)
+            return False
+
         try:
-            return self._next_job(self._done(job))
+            batch = self._begun(job)
+            batch.walks = True
+            try:
+                batch.run.walk(visit)
+            finally:
+                batch.walks = False
+            if not self._waits(following, batch, group):
+                return following
+            raise ServingError(f"this input never came to exit {following.work.last}.")
+        except BaseException as error:
+            if following is None or following.work.group != group:
+                log.exception("a network failed where it was left")
+                return following
+            failed = functools.partial(_raise, error)
+            return self._told(self._done(following, failed))
+
+    def _waits(self, job: Job | None, batch: _Batch, group: int) -> TypeGuard[Job]:
+        """Tell whether a job is one that this batch has to do."""
+        return job is not None and job.work.group == group and self._batches.get(group) is batch
+
+    def _next_of(self, batch: _Batch, group: int, job: Job | None) -> Job | None:
+        """Do jobs of other batches, until there is one of this batch or this batch is over.
+
+        Returns:
+            The job that is next; None at the end.
+        """
+        while True:
+            if self._batches.get(group) is not batch:
+                # It has failed.
+                return job
+            if job is None and (job := self._jobs.get()) is None:
+                # It is there for those who wait further out, too.
+                self._jobs.put(None)
+                return None
+            if group in job.over or job.work.group == group:
+                return job
+            job = self._after(job)
+
+    def _told(self, done: Done) -> Job | None:
+        """Tell what a work gave, and return the job that follows at once, if there is any."""
+        try:
+            return self._next_job(done)
         except Exception:
             # such as from a rule of somebody's own
-            log.exception("nothing follows on work of the model %s", job.work.model)
+            log.exception("nothing follows on work of the model %s", done.work.model)
             return None
 
     def _warm(self) -> None:
@@ -238,46 +318,55 @@ class InferenceThread:
         if batch is not None:
             batch.close()
 
-    def _done(self, job: Job) -> Done:
+    def _done(self, job: Job, find: Callable[[], dict[int, Found]]) -> Done:
+        work = job.work
         try:
-            return self._computed(job)
+            return _checked(work, self._found(work, find))
         except BaseException as error:
             # A network may raise anything; its requests get the answers that they have, and the
             # thread goes on.
-            log.exception("work of the model %s failed", job.work.model)
-            self._close(job.work.group)
+            log.exception("work of the model %s failed", work.model)
+            self._close(work.group)
             text = f"{type(error).__name__}: {error}"
-            return Done(work=job.work, outputs={}, scores={}, error=text)
+            return Done(work=work, outputs={}, scores={}, error=text)
 
-    def _computed(self, job: Job) -> Done:
-        work = job.work
-        if work.first == 0:
-            self._begin(job)
-        outputs = {}
-        scores = {}
-        for request, (output, score) in self._found(work).items():
-            if np.isfinite(output).all():
-                outputs[request], scores[request] = output, score
-        if not outputs:
-            raise ServingError(f"exit {work.last} gave no finite outputs.")
-        failed = frozenset(work.requests) - outputs.keys()
-        return Done(work=work, outputs=outputs, scores=scores, failed=failed)
-
-    def _found(self, work: Work) -> dict[int, Found]:
+    def _found(self, work: Work, find: Callable[[], dict[int, Found]]) -> dict[int, Found]:
         """Run a batch, or one that fails request by request, since one of them may be why."""
-        batch = self._batches[work.group]
         try:
-            return batch.to(work.last, work.requests)
+            return find()
         except Exception:
-            if isinstance(batch, _Apart) or len(work.requests) == 1:
+            batch = self._batches.get(work.group)
+            if not isinstance(batch, _Batch) or len(work.requests) == 1:
                 raise
             log.exception("a batch of the model %s failed; each request runs alone", work.model)
             batch.close()
             self._batches[work.group] = apart = batch.apart()
             return apart.to(work.last, work.requests)
 
-    def _begin(self, job: Job) -> None:
+    def _begun(self, job: Job) -> _Batch:
         work = job.work
         x = self._prepared[work.model]([job.inputs[request] for request in work.requests])
         rows = {request: job.rows[request] for request in work.requests}
-        self._batches[work.group] = _Batch(self._networks[work.model], x, rows)
+        batch = self._batches[work.group] = _Batch(self._networks[work.model], x, rows)
+        return batch
+
+
+def _checked(work: Work, found: Mapping[int, Found]) -> Done:
+    """Take what is finite of what was found.
+
+    Raises:
+        ServingError: if nothing is.
+    """
+    outputs = {}
+    scores = {}
+    for request, (output, score) in found.items():
+        if np.isfinite(output).all():
+            outputs[request], scores[request] = output, score
+    if not outputs:
+        raise ServingError(f"exit {work.last} gave no finite outputs.")
+    failed = frozenset(work.requests) - outputs.keys()
+    return Done(work=work, outputs=outputs, scores=scores, failed=failed)
+
+
+def _raise(error: BaseException) -> dict[int, Found]:
+    raise error
