@@ -67,9 +67,10 @@ def backbone(width: int) -> nn.Sequential:
 
 def serve_impatient(width: int, port: int) -> None:
     from impatient.serving.app import App
+    from impatient.serving.base import Limits
     from impatient.serving.connections import listening_socket, web_server
     from impatient.serving.model import ServedModel
-    from impatient.serving.service import Hosted, Limits, Service
+    from impatient.serving.service import Hosted, Service
     from impatient.serving.tensors import InputSpec
     from impatient.training.preprocess import Preprocess
 

@@ -46,10 +46,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from impatient.anytime import Exit, Network, Run
 from impatient.serving import messages
 from impatient.serving.app import App
+from impatient.serving.base import Limits
 from impatient.serving.connections import listening_socket, web_server
 from impatient.serving.model import ServedModel
 from impatient.serving.rpc import Rpc
-from impatient.serving.service import Hosted, Limits, Service
+from impatient.serving.service import Hosted, Service
 from impatient.serving.tensors import InputSpec
 from impatient.training.preprocess import Preprocess
 

@@ -88,8 +88,9 @@ class Slower(Network):
 def serve(rule: str, file: Path) -> None:
     """Serve the network by a rule, at a port that is printed."""
     from impatient.serving.app import App
+    from impatient.serving.base import Limits
     from impatient.serving.connections import listening_socket, web_server
-    from impatient.serving.service import Hosted, Limits, Service
+    from impatient.serving.service import Hosted, Service
     from impatient.serving.tensors import InputSpec
 
     spec = NetworkSpec.load(zoo_folder(NETWORK) / "network.json")

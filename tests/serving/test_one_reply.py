@@ -23,9 +23,10 @@ from torch import nn
 from asking import HEAD, all_from, ask, body_of, connected, infer, reply_from
 from fakes import wait_until
 from impatient import Network, attach_exits
+from impatient.serving.base import Limits
 from impatient.serving.rules import Fixed, GreedyGain
 from impatient.serving.scheduler import Refuse, Rule
-from impatient.serving.service import Limits, Service
+from impatient.serving.service import Service
 from served import Gated, hosted, serving, serving_both
 
 POISON = 666.0

@@ -11,10 +11,11 @@ from torch import nn
 from fakes import wait_until
 from impatient import Exit, Network, Run
 from impatient.serving.app import App
+from impatient.serving.base import Limits
 from impatient.serving.connections import listening_socket, web_server
 from impatient.serving.model import ServedModel
 from impatient.serving.rpc import Rpc
-from impatient.serving.service import Hosted, Limits, Service
+from impatient.serving.service import Hosted, Service
 from impatient.serving.tensors import ANY, InputSpec, TensorSpec
 from impatient.training.preprocess import Preprocess
 

@@ -1,6 +1,7 @@
 """The server as a process of its own, on a run directory."""
 
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -178,6 +179,16 @@ def test_a_load_without_a_server_says_what_to_start(call, finished) -> None:
     code, said = call("bench-serve", finished, "--address", "http://127.0.0.1:1")
     assert code == 1
     assert "impatient serve DIR" in said
+
+
+def test_ray_that_is_missing_is_asked_for_by_its_extra(call, finished, monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "ray" else found(name)
+    )
+    code, said = call("serve", finished, "--ray")
+    assert code == 1
+    assert "pip install 'impatient[ray]'" in said
 
 
 def test_a_served_network_is_as_right_as_its_recording_and_ends_when_told(server, finished) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 
 from impatient.errors import BadRequest, ServingError
 from impatient.provenance import own_version
+from impatient.serving.base import RECENT_S, Answered, BaseService, Offer
 from impatient.serving.bodies import Bodies, Message, Receive
 from impatient.serving.protocol import (
     InferRequest,
@@ -40,7 +41,6 @@ from impatient.serving.protocol import (
 )
 from impatient.serving.refusals import MESSAGES, STATUS, Gone, StatusError, check_token
 from impatient.serving.scheduler import Refuse
-from impatient.serving.service import RECENT_S, Answered, Hosted, Service
 
 log = logging.getLogger(__name__)
 
@@ -70,16 +70,16 @@ def page() -> tuple[bytes, dict[str, str]]:
     }
 
 
-def hosted_model(service: Service, name: str) -> Hosted:
+def offered(service: BaseService, name: str) -> Offer:
     """Return a model by name.
 
     Raises:
         StatusError: if there is none of this name.
     """
-    if name not in service.hosted:
-        known = ", ".join(service.hosted)
+    if name not in service.offers:
+        known = ", ".join(service.offers)
         raise StatusError(404, f"no model {name[:100]!r}; there are: {known}.")
-    return service.hosted[name]
+    return service.offers[name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ class App:
 
     def __init__(
         self,
-        service: Service,
+        service: BaseService,
         *,
         sides: Sequence[Side] = (),
         token: str = "",
@@ -221,12 +221,12 @@ class App:
             case ["v2", "recent"]:
                 return _json(200, self._recent())
             case ["v2", "models"]:
-                return _json(200, {"models": list(self.service.hosted)})
+                return _json(200, {"models": list(self.service.offers)})
             case ["v2", "models", name, *rest]:
-                return self._of_model(hosted_model(self.service, name), rest, ready)
+                return self._of_model(offered(self.service, name), rest, ready)
         raise StatusError(404, f"nothing is at /{'/'.join(path)[:200]}.")
 
-    def _of_model(self, one: Hosted, rest: list[str], ready: bool) -> Reply:
+    def _of_model(self, one: Offer, rest: list[str], ready: bool) -> Reply:
         if rest[:2] == ["versions", "1"]:
             rest = rest[2:]
         name = one.model.name
@@ -283,7 +283,7 @@ class App:
     def _recent(self) -> dict[str, Any]:
         now = self.service.clock.now()
         return {
-            "waiting": self.service.scheduler.waiting,
+            "waiting": self.service.waiting,
             "requests": [
                 {
                     "ago_s": round(now - when, 3),
@@ -301,7 +301,7 @@ class App:
     # --- inference --------------------------------------------------------------------------------
 
     async def _infer(self, name: str, what: str, caller: Caller) -> None:
-        hosted = hosted_model(self.service, name)
+        offer = offered(self.service, name)
         # A deadline in a header is that of whoever carries the request: nobody waits after it.
         most_s = budget_s({}, caller.headers)
         refused = self.service.refusal_unread(name, arrival=caller.arrival, most_s=most_s)
@@ -310,16 +310,16 @@ class App:
             return
         with self.bodies.holding() as holding:
             body, length = await self.bodies.read(caller.headers, caller.receive, holding)
-            request = read_request(body, length, hosted.input)
-            await self._reply(hosted, request, caller, streamed=what == "stream")
+            request = read_request(body, length, offer.input)
+            await self._reply(offer, request, caller, streamed=what == "stream")
 
     async def _reply(
-        self, hosted: Hosted, request: InferRequest, caller: Caller, *, streamed: bool
+        self, offer: Offer, request: InferRequest, caller: Caller, *, streamed: bool
     ) -> None:
         # When the caller goes, the request is cancelled.
         gone = asyncio.ensure_future(_gone(caller.receive))
         answers = self.service.answers(
-            hosted.model.name,
+            offer.model.name,
             request.inputs,
             arrival=caller.arrival,
             budget_s=budget_s(request.parameters, caller.headers),
@@ -330,12 +330,12 @@ class App:
         )
         try:
             if streamed:
-                await self._stream(hosted, request, answers, caller.send)
+                await self._stream(offer, request, answers, caller.send)
                 return
             async for event in answers:
-                await _send(caller.send, _final(hosted, request, event))
+                await _send(caller.send, _final(offer, request, event))
                 if log.isEnabledFor(logging.INFO):
-                    told = {"model": hosted.model.name, "id": request.id, **facts(event, hosted)}
+                    told = {"model": offer.model.name, "id": request.id, **facts(event, offer)}
                     log.info("%s", json.dumps(told))
         finally:
             gone.cancel()
@@ -343,7 +343,7 @@ class App:
 
     async def _stream(
         self,
-        hosted: Hosted,
+        offer: Offer,
         request: InferRequest,
         events: AsyncIterator[Answered | Refuse],
         send: Send,
@@ -358,7 +358,7 @@ class App:
                 head = {"content-type": "text/event-stream", "cache-control": "no-store"}
                 await _start(send, 200, head)
             output = event.output.tolist() if isinstance(event, Answered) else None
-            data = json.dumps({"id": request.id, **facts(event, hosted), "output": output})
+            data = json.dumps({"id": request.id, **facts(event, offer), "output": output})
             kind = "exit" if isinstance(event, Answered) and not event.stopped_by else "answer"
             text = f"event: {kind}\ndata: {data}\n\n".encode()
             await send({"type": "http.response.body", "body": text, "more_body": True})
@@ -373,13 +373,13 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def facts(event: Answered | Refuse, hosted: Hosted) -> dict[str, Any]:
+def facts(event: Answered | Refuse, offer: Offer) -> dict[str, Any]:
     """Say what a reply tells beside the output."""
     if isinstance(event, Refuse):
         return {"refused": event.why, "error": MESSAGES[event.why]}
     return {
         "exit": event.exit,
-        "n_exits": hosted.model.num_exits,
+        "n_exits": offer.model.num_exits,
         "elapsed_ms": round(event.elapsed_s * 1e3, 4),
         "score": round(event.score, 6),
         **(
@@ -390,14 +390,14 @@ def facts(event: Answered | Refuse, hosted: Hosted) -> dict[str, Any]:
     }
 
 
-def _final(hosted: Hosted, request: InferRequest, event: Answered | Refuse) -> Reply:
+def _final(offer: Offer, request: InferRequest, event: Answered | Refuse) -> Reply:
     if isinstance(event, Refuse):
         return _refusal(event)
     body, headers = write_reply(
-        hosted.model.name,
+        offer.model.name,
         request.id,
         event.output,
-        facts(event, hosted),
+        facts(event, offer),
         binary=request.binary,
     )
     return 200, body, headers

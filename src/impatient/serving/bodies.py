@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Self
 
 from impatient.errors import BadRequest
+from impatient.serving.base import Limits
 from impatient.serving.json_reader import JsonReader
 from impatient.serving.protocol import HEADER_LENGTH, INLINE_JSON
 from impatient.serving.refusals import MESSAGES, Gone, StatusError
-from impatient.serving.service import Limits
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

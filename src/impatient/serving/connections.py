@@ -19,8 +19,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from impatient.errors import ServingError
 from impatient.serving.app import App
+from impatient.serving.base import BaseService
 from impatient.serving.refusals import MESSAGES
-from impatient.serving.service import Service
 
 # Time for the head of a request. A caller that sends half a head holds a connection no longer.
 HEAD_S = 10.0
@@ -192,7 +192,7 @@ class WebServer(uvicorn.Server):
             have.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: BaseService, drain_s: float) -> None:
         super().__init__(config)
         self._service = service
         self._drain_s = drain_s

@@ -16,6 +16,7 @@ STATUS: Mapping[Why, int] = {
     "failed": 503,
     "hanging": 503,
     "overloaded": 503,
+    "unreachable": 503,
 }
 MESSAGES: Mapping[Why, str] = {
     "too late": "not even the first exit can be reached by the deadline; allow more time, try "
@@ -26,6 +27,7 @@ MESSAGES: Mapping[Why, str] = {
     "failed": "the network failed on this request before its first exit; see the server's log.",
     "hanging": "the network does not come back from an earlier request; try another server.",
     "overloaded": "more requests come than the server can read; try again later.",
+    "unreachable": "no machine that serves this model came back in time; try again later.",
 }
 
 

@@ -17,7 +17,8 @@ from grpc import aio
 
 from impatient.errors import BadRequest, ServingError
 from impatient.provenance import own_version
-from impatient.serving.app import EXTENSIONS, Side, facts, hosted_model
+from impatient.serving.app import EXTENSIONS, Side, facts, offered
+from impatient.serving.base import Answered, BaseService, Offer
 from impatient.serving.messages import SERVICE, message, parameter, read, value_of
 from impatient.serving.protocol import (
     budget_s,
@@ -28,7 +29,6 @@ from impatient.serving.protocol import (
 )
 from impatient.serving.refusals import MESSAGES, STATUS, StatusError, check_token
 from impatient.serving.scheduler import Refuse
-from impatient.serving.service import Answered, Hosted, Service
 from impatient.serving.tensors import Inputs
 
 Context = Any
@@ -81,7 +81,7 @@ class Rpc(Side):
 
     def __init__(
         self,
-        service: Service,
+        service: BaseService,
         *,
         host: str,
         port: int,
@@ -160,10 +160,10 @@ class Rpc(Side):
 
     # --- what needs no inference ------------------------------------------------------------------
 
-    def _hosted(self, name: str, version: str) -> Hosted:
+    def _offer(self, name: str, version: str) -> Offer:
         if version not in ("", "1"):
             raise StatusError(404, f"no version {version[:100]!r}; expected 1, or none.")
-        return hosted_model(self.service, name)
+        return offered(self.service, name)
 
     async def _live(self, _request: Any, _context: Context) -> Any:
         return message("ServerLiveResponse", live=True)
@@ -180,11 +180,11 @@ class Rpc(Side):
         )
 
     async def _model_ready(self, request: Any, _context: Context) -> Any:
-        self._hosted(request.name, request.version)
+        self._offer(request.name, request.version)
         return message("ModelReadyResponse", ready=self.service.ready)
 
     async def _model_metadata(self, request: Any, _context: Context) -> Any:
-        one = self._hosted(request.name, request.version)
+        one = self._offer(request.name, request.version)
         told = metadata(one.model.name, one.input, one.classes)
         sides = {
             side: [message("TensorMetadata", **tensor) for tensor in told[side]]
@@ -198,8 +198,8 @@ class Rpc(Side):
     async def _infer(self, request: Any, context: Context) -> Any:
         arrival = self.service.clock.now()
         async with contextlib.aclosing(self._events(request, context, arrival, False)) as events:
-            async for event, hosted in events:
-                return _response(request, event, hosted)
+            async for event, offer in events:
+                return _response(request, event, offer)
         raise StatusError(500, "no reply was made.")
 
     async def _stream(
@@ -253,8 +253,8 @@ class Rpc(Side):
             failed.model_name, failed.id = request.model_name, request.id
             events = self._events(request, context, arrival, True)
             async with contextlib.aclosing(events):
-                async for event, hosted in events:
-                    reply = _response(request, event, hosted)
+                async for event, offer in events:
+                    reply = _response(request, event, offer)
                     reply.parameters[FINAL].bool_param = bool(event.stopped_by)
                     await outbox.put(message("ModelStreamInferResponse", infer_response=reply))
         except BadRequest as error:
@@ -264,24 +264,24 @@ class Rpc(Side):
 
     async def _events(
         self, request: Any, context: Context, arrival: float, streamed: bool
-    ) -> AsyncGenerator[tuple[Answered, Hosted]]:
+    ) -> AsyncGenerator[tuple[Answered, Offer]]:
         """Give the answers of a request.
 
         Raises:
             BadRequest: if it is not what the model takes, or is refused.
         """
-        hosted = self._hosted(request.model_name, request.model_version)
+        offer = self._offer(request.model_name, request.model_version)
         left_s = context.time_remaining()
         call_s = None if left_s is None else max(left_s, 1e-6)
-        refused = self.service.refusal_unread(hosted.model.name, arrival=arrival, most_s=call_s)
+        refused = self.service.refusal_unread(offer.model.name, arrival=arrival, most_s=call_s)
         if refused is not None:
             raise StatusError(STATUS[refused.why], MESSAGES[refused.why])
         parameters = {name: value_of(entry) for name, entry in request.parameters.items()}
         budgets = [budget_s(parameters, {}), call_s]
         given = [seconds for seconds in budgets if seconds is not None]
         answers = self.service.answers(
-            hosted.model.name,
-            _inputs(request, hosted),
+            offer.model.name,
+            _inputs(request, offer),
             arrival=arrival,
             budget_s=min(given, default=None),
             priority=priority_of(parameters),
@@ -292,7 +292,7 @@ class Rpc(Side):
             async for event in answers:
                 if isinstance(event, Refuse):
                     raise StatusError(STATUS[event.why], MESSAGES[event.why])
-                yield event, hosted
+                yield event, offer
 
 
 def _code(error: BadRequest) -> grpc.StatusCode:
@@ -305,7 +305,7 @@ def _bytes_of(reply: Any) -> bytes:
     return data
 
 
-def _inputs(request: Any, hosted: Hosted) -> Inputs:
+def _inputs(request: Any, offer: Offer) -> Inputs:
     """Read the inputs of a request.
 
     Raises:
@@ -334,19 +334,19 @@ def _inputs(request: Any, hosted: Hosted) -> Inputs:
                 )
             tensor["data"] = list(values)
         tensors.append(tensor)
-    return read_tensors(tensors, b"".join(raw), hosted.input)
+    return read_tensors(tensors, b"".join(raw), offer.input)
 
 
-def _response(request: Any, event: Answered, hosted: Hosted) -> Any:
+def _response(request: Any, event: Answered, offer: Offer) -> Any:
     output = np.ascontiguousarray(event.output, dtype="<f4")
     reply = message(
         "ModelInferResponse",
-        model_name=hosted.model.name,
+        model_name=offer.model.name,
         model_version="1",
         id=request.id,
         outputs=[message("Tensor", name="output", datatype="FP32", shape=output.shape)],
         raw_output_contents=[output.tobytes()],
     )
-    for name, value in facts(event, hosted).items():
+    for name, value in facts(event, offer).items():
         reply.parameters[name].CopyFrom(parameter(value))
     return reply

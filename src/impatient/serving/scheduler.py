@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,16 @@ from impatient.errors import ServingError
 from impatient.serving.model import ServedModel
 
 Reason = Literal["final", "policy", "deadline", "failed", "draining"]
-Why = Literal["too late", "queue full", "draining", "expired", "failed", "hanging", "overloaded"]
+Why = Literal[
+    "too late",
+    "queue full",
+    "draining",
+    "expired",
+    "failed",
+    "hanging",
+    "overloaded",
+    "unreachable",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,15 +209,31 @@ def first_exits_fit(
         models: the models by name.
         start: the instant at which the first of them may begin.
     """
-    left = [one for one in waiting if not one.request.best_effort]
+    waiting = [one for one in waiting if not one.request.best_effort]
+    return all(
+        done <= batch[0].request.deadline for batch, done in first_exits(waiting, models, start)
+    )
+
+
+def first_exits(
+    waiting: Sequence[Pending], models: Mapping[str, ServedModel], start: float
+) -> Iterator[tuple[list[Pending], float]]:
+    """Foretell the batches of first exits, and when each is done.
+
+    Nothing else is taken to run.
+
+    Args:
+        waiting: requests without an answer, earliest deadline first.
+        models: the models by name.
+        start: the instant at which the first of them may begin.
+    """
+    left = list(waiting)
     while left:
         batch = first_batch(left, models, start)
         start += first_s(batch, models)
-        if start > left[0].request.deadline:
-            return False
+        yield batch, start
         taken = {one.request.id for one in batch}
         left = [one for one in left if one.request.id not in taken]
-    return True
 
 
 def first_batch(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import functools
-import itertools
 import logging
 import math
 import threading
@@ -13,15 +13,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from impatient import checks
 from impatient.anytime import Network
-from impatient.clock import SYSTEM_CLOCK
 from impatient.errors import ServingError
-from impatient.serving.heartbeat import Heartbeat
-from impatient.serving.metrics import BUCKETS_S, Counters, text_of
-from impatient.serving.model import ServedModel
+from impatient.serving.base import HANG_S, Answered, BaseService, Limits, Offer
 from impatient.serving.rules import GreedyGain
 from impatient.serving.scheduler import (
     Action,
@@ -33,7 +27,7 @@ from impatient.serving.scheduler import (
     Why,
     Work,
 )
-from impatient.serving.tensors import Inputs, InputSpec
+from impatient.serving.tensors import Inputs
 from impatient.serving.worker import Done, InferenceThread, Job
 from impatient.training.preprocess import Preprocess
 
@@ -43,33 +37,21 @@ log = logging.getLogger(__name__)
 # milliseconds. How late the loop has woken of late is added, up to a bound.
 RESERVE_S = 0.0015
 MOST_LATE_S = 0.02
-# A network that has not come back so long after a deadline is taken to hang.
-HANG_S = 2.0
 # Most threads in which a network hangs, before the server says that it is not ready.
 MOST_HANGING = 3
-RECENT_S = 60.0
-# A loop that is later than a share of the usual time for an answer, and than this, is overloaded.
-LATE_SHARE = 0.5
-LEAST_LATE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hosted:
+class Hosted(Offer):
     """A network that is served.
 
     Attributes:
         network: the network, in eval mode.
-        model: what the scheduler knows of it.
-        input: what it takes.
         preprocess: how raw samples become its input.
-        classes: names of the classes.
     """
 
     network: Network
-    model: ServedModel
-    input: InputSpec
     preprocess: Preprocess
-    classes: tuple[str, ...]
 
     @property
     def warm_up(self) -> tuple[Inputs, ...]:
@@ -79,59 +61,6 @@ class Hosted:
     def prepared(self, requests: Sequence[Inputs]) -> Any:
         """Make the network's input of the samples of some requests."""
         return self.preprocess(self.input.batch(requests))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What callers may ask for.
-
-    Attributes:
-        default_s: time for an answer where a request says nothing.
-        most_s: the longest time that a request may have; more is cut down to it.
-        waiting: most requests without a reply.
-        body_bytes: longest body.
-        json_bytes: longest JSON in a body.
-        held_bytes: most bytes of all bodies that are being read or answered.
-    """
-
-    default_s: float = 0.1
-    most_s: float = 10.0
-    waiting: int = 256
-    body_bytes: int = 16 * 2**20
-    json_bytes: int = 4 * 2**20
-    held_bytes: int = 256 * 2**20
-
-    def __post_init__(self) -> None:
-        checks.positive(ServingError, default_s=self.default_s, most_s=self.most_s)
-        checks.at_least(
-            ServingError,
-            1,
-            waiting=self.waiting,
-            body_bytes=self.body_bytes,
-            json_bytes=self.json_bytes,
-            held_bytes=self.held_bytes,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """An answer: of an exit on the way, or the one that stands.
-
-    Attributes:
-        output: before softmax, [rows, C].
-        exit: the exit that gave it.
-        elapsed_s: seconds since the request's first byte.
-        score: how sure its least sure sample looks.
-        stopped_by: why it stands; empty on the way.
-        in_time: whether its deadline has not passed.
-    """
-
-    output: np.ndarray
-    exit: int
-    elapsed_s: float
-    score: float
-    stopped_by: str = ""
-    in_time: bool = True
 
 
 @dataclass(slots=True)
@@ -169,8 +98,8 @@ class _Call:
         return None if self.gone else self.events.popleft()
 
 
-class Service:
-    """Answers requests for several models, each by its deadline.
+class Service(BaseService):
+    """Answers requests in this process: the scheduler decides, one thread computes.
 
     The scheduler is asked under a lock, on the event loop when a request comes or goes, and in the
     inference thread when work is done. So the thread goes on with the next stage without waiting
@@ -188,18 +117,8 @@ class Service:
     def __init__(
         self, hosted: Sequence[Hosted], limits: Limits | None = None, rule: Rule | None = None
     ) -> None:
+        super().__init__(hosted, limits)
         self.hosted = {one.model.name: one for one in hosted}
-        if not hosted or len(self.hosted) != len(hosted):
-            raise ServingError(
-                f"models {[one.model.name for one in hosted]}; expected at least one, and "
-                "different names."
-            )
-        self.limits = limits or Limits()
-        self.counters = {name: Counters() for name in self.hosted}
-        # Latest requests: instant, budget, elapsed, exit (-1: none), in time, model.
-        self.recent: collections.deque[tuple[float, float, float, int, bool, str]] = (
-            collections.deque(maxlen=4000)
-        )
         self.scheduler = Scheduler(
             models={name: one.model for name, one in self.hosted.items()},
             rule=rule or GreedyGain(),
@@ -216,10 +135,7 @@ class Service:
         # the instant for which the timer is set
         self._due = math.inf
         self._timer: asyncio.TimerHandle | None = None
-        self._numbers = itertools.count()
         self._lateness = collections.deque([0.0] * 100, maxlen=100)
-        self.clock = SYSTEM_CLOCK
-        self.heartbeat = Heartbeat(self._leave_hanging)
         self._hanging: list[InferenceThread] = []
 
     async def start(self) -> None:
@@ -240,7 +156,15 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether requests are taken: not draining, and the inference thread comes back."""
-        return self._thread.alive and not self._stuck and not self.scheduler.draining
+        return self._thread.alive and not self._stuck and not self.draining
+
+    @property
+    def draining(self) -> bool:
+        return self.scheduler.draining
+
+    @property
+    def waiting(self) -> int:
+        return self.scheduler.waiting
 
     @property
     def _stuck(self) -> bool:
@@ -249,7 +173,7 @@ class Service:
             HANG_S, 20.0 * work.seconds
         )
 
-    def _leave_hanging(self) -> None:
+    def _look_after(self) -> None:
         """Wait no longer for a network that hangs."""
         if self._stuck:
             self._replace_thread()
@@ -275,33 +199,12 @@ class Service:
         self._thread = self._new_thread({})
         self._tell(functools.partial(self.scheduler.failed, work))
 
-    @property
-    def overloaded(self) -> bool:
-        """Whether the event loop is so late that no more requests should be read."""
-        return self.heartbeat.behind(max(LEAST_LATE_S, LATE_SHARE * self.limits.default_s))
-
-    def refusal_unread(self, model: str, *, arrival: float, most_s: float | None) -> Refuse | None:
-        """Refuse a request before it is read, if nothing in it could help.
-
-        Args:
-            model: name of the model.
-            arrival: instant of the first byte.
-            most_s: the longest time for its answer; None for the server's limit.
-        """
-        budget_s = min(most_s or self.limits.most_s, self.limits.most_s)
-        now = self.clock.now()
-        why: Why | None
-        if not self.ready and not self.scheduler.draining:
-            why = "hanging"
-        elif self.overloaded:
-            why = "overloaded"
-        else:
-            why = self.scheduler.refusal_unread(model, arrival + budget_s, now)
-        if why is None:
-            return None
-        self.counters[model].refusals[why] += 1
-        self.recent.append((now, budget_s, now - arrival, -1, False, model))
-        return Refuse(request=next(self._numbers), why=why, retry_after_s=1.0)
+    def _why_unread(self, model: str, deadline: float, now: float) -> Why | None:
+        if not self.ready and not self.draining:
+            return "hanging"
+        if self.overloaded:
+            return "overloaded"
+        return self.scheduler.refusal_unread(model, deadline, now)
 
     async def answers(
         self,
@@ -315,20 +218,6 @@ class Service:
         streamed: bool = False,
         gone: asyncio.Future[None] | None = None,
     ) -> AsyncGenerator[Answered | Refuse]:
-        """Give the answer of a request, and before it those of the exits on the way if streamed.
-
-        Whoever stops iterating cancels the request, and so does a caller that has gone.
-
-        Args:
-            model: name of the model.
-            inputs: raw samples, checked.
-            arrival: instant of the first byte.
-            budget_s: seconds from there to the deadline; None for the default.
-            priority: its gains count 1 + priority times.
-            best_effort: answer late if need be.
-            streamed: give every exit's answer.
-            gone: done when the caller has gone; then no more answers come.
-        """
         budget_s = min(budget_s or self.limits.default_s, self.limits.most_s)
         request = Request(
             id=next(self._numbers),
@@ -359,22 +248,10 @@ class Service:
             del self._calls[request.id]
 
     def drain(self) -> None:
-        """Take no more requests."""
         self.scheduler.drain()
 
     def end(self) -> None:
-        """Give all requests the answers they have."""
         self._tell(self.scheduler.end)
-
-    async def drained(self, most_s: float) -> bool:
-        """Wait until all requests have their replies.
-
-        Tells whether they do in time.
-        """
-        end = self.clock.now() + most_s
-        while self._open and self.clock.now() < end:
-            await asyncio.sleep(0.01)
-        return not self._open
 
     @property
     def _open(self) -> bool:
@@ -404,7 +281,7 @@ class Service:
                 # from a thread that was taken to hang
                 return None
             now = self.clock.now()
-            self._count(done, now)
+            self._count_work(done, now)
             self._working = None
             passed = [] if done.error else self._passed(done, now)
             if done.error:
@@ -418,7 +295,7 @@ class Service:
             self._loop.call_soon_threadsafe(self._deliver, passed, replies, due)
         return job
 
-    def _count(self, done: Done, now: float) -> None:
+    def _count_work(self, done: Done, now: float) -> None:
         counters = self.counters[done.work.model]
         counters.works += 1
         counters.rows += sum(len(output) for output in done.outputs.values())
@@ -518,41 +395,24 @@ class Service:
         call.replied = True
         now = self.clock.now()
         elapsed_s = now - call.request.arrival
-        counters = self.counters[call.request.model]
-        exit = -1
         event: Answered | Refuse
         if isinstance(action, Refuse):
             event = action
-            counters.refusals[action.why] += 1
         elif call.latest is not None:
-            exit = action.exit
-            in_time = now <= call.request.deadline
-            event = Answered(
-                output=call.latest.output,
-                exit=exit,
+            event = dataclasses.replace(
+                call.latest,
+                exit=action.exit,
                 elapsed_s=elapsed_s,
-                score=call.latest.score,
                 stopped_by=action.stopped_by,
-                in_time=in_time,
+                in_time=now <= call.request.deadline,
             )
-            counters.answers[exit, action.stopped_by, in_time] += 1
-            counters.elapsed_s += elapsed_s
-            for place, bound in enumerate(BUCKETS_S):
-                counters.buckets[place] += elapsed_s <= bound
         else:
             raise ServingError(f"{action} is for a request that no exit has answered.")
-        in_time = isinstance(event, Answered) and event.in_time
         budget_s = call.request.deadline - call.request.arrival
-        self.recent.append((now, budget_s, elapsed_s, exit, in_time, call.request.model))
+        self._count(call.request.model, event, budget_s=budget_s, elapsed_s=elapsed_s)
         call.put(event)
         self._forget(call)
 
-    def metrics(self) -> str:
-        """Write all counts in the text format of Prometheus."""
-        gauges = {
-            "waiting": self.scheduler.waiting,
-            "hanging_threads": sum(thread.alive for thread in self._hanging),
-            "loop_lag_seconds": self.heartbeat.lag_s,
-            "worst_loop_lag_seconds": self.heartbeat.worst_s,
-        }
-        return text_of(gauges, self.counters)
+    def _gauges(self) -> Mapping[str, float]:
+        hanging = sum(thread.alive for thread in self._hanging)
+        return {**super()._gauges(), "hanging_threads": hanging}

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import importlib.util
 import ipaddress
 import os
+import signal
+import socket
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +25,11 @@ from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from impatient.anytime import Network
+    from impatient.serving.base import BaseService, Limits
+    from impatient.serving.fleet import FleetService
+    from impatient.serving.ray_serve import RayFleet
     from impatient.serving.rpc import Rpc
-    from impatient.serving.service import Hosted, Service
+    from impatient.serving.service import Hosted
     from impatient.serving.tensors import InputSpec
     from impatient.verbs.network_spec import NetworkSpec
 
@@ -53,6 +62,10 @@ class ServeOptions(VerbOptions):
         waiting: Most requests without a reply; more are refused.
         max_batch: Most samples in one batch.
         drain_s: How long open requests are waited for at the end, in ms.
+        ray: Have replicas on the machines of a Ray cluster answer, of which all must see the
+            directories. SIGHUP has them load these again, one after the other.
+        replicas: With `ray`, how many there are.
+        most_replicas: With `ray`, how many there may be under load. Without it, no more.
     """
 
     directories: Annotated[Positional[tuple[RunPath, ...]], arg(metavar="DIR..."), OFF]
@@ -64,6 +77,9 @@ class ServeOptions(VerbOptions):
     waiting: Positive = 256
     max_batch: Positive = 8
     drain_s: Annotated[Milliseconds, arg(name="drain-ms")] = 5.0
+    ray: bool = False
+    replicas: Positive = 1
+    most_replicas: Annotated[Positive | None, arg(name="most-replicas"), OFF] = None
     trust: Trust = ()
 
 
@@ -88,8 +104,9 @@ def serve(options: ServeOptions, begun: Callable[[str], object] = lambda _addres
     """
     check_installed()
     from impatient.serving.app import App
+    from impatient.serving.base import Limits
     from impatient.serving.connections import listening_socket, web_server
-    from impatient.serving.service import Limits, Service
+    from impatient.serving.service import Service
 
     if not options.directories:
         raise ServingError("no run directories; expected at least one to serve.")
@@ -104,7 +121,11 @@ def serve(options: ServeOptions, begun: Callable[[str], object] = lambda _addres
         most_s=options.most_s or 10.0,
         waiting=options.waiting,
     )
-    service = Service([hosted(path, options) for path in options.directories], limits)
+    service: BaseService
+    if options.ray:
+        service = ray_service(options, limits)
+    else:
+        service = Service([hosted(path, options) for path in options.directories], limits)
     drain_s = options.drain_s or 5.0
     listener = listening_socket(options.host, options.port)
     sides = [] if options.grpc_port is None else [rpc_side(service, options, token)]
@@ -114,12 +135,61 @@ def serve(options: ServeOptions, begun: Callable[[str], object] = lambda _addres
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    log.info("serving %s at %s", ", ".join(service.hosted), address)
+    log.info("serving %s at %s", ", ".join(service.offers), address)
     begun(address)
     server.run(sockets=[listener])
 
 
-def rpc_side(service: Service, options: ServeOptions, token: str) -> Rpc:
+def ray_service(options: ServeOptions, limits: Limits) -> FleetService:
+    """Start replicas on the machines of a Ray cluster.
+
+    Raises:
+        ServingError: if Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ServingError(
+            "--ray needs Ray, which is not installed; run pip install 'impatient[ray]'."
+        )
+    from impatient.serving import ray_serve
+    from impatient.serving.fleet import FleetService
+
+    ray_serve.join_ray()
+    plan = ray_serve.Plan(
+        replicas=options.replicas, most=options.most_replicas, drain_s=options.drain_s or 5.0
+    )
+    if ray_serve.processors() < plan.replicas * plan.cpus:
+        log.warning("the machines of the cluster have too few processors for all replicas")
+    fleet = ray_serve.RayFleet(
+        load=functools.partial(_hosted_there, options=options),
+        sources=[str(path.absolute()) for path in options.directories],
+        limits=limits,
+        plan=plan,
+        # The next server at this place takes over what one that was killed has left.
+        name=f"impatient-{socket.gethostname()}-{options.port}",
+    )
+    log.info("starting %d replicas, each of which measures its networks", plan.replicas)
+    fleet.deploy()
+    if sys.platform != "win32":
+        # Loading takes seconds, in which the loop goes on.
+        renewing = functools.partial(threading.Thread, target=_renew, args=[fleet])
+        signal.signal(signal.SIGHUP, lambda *_: renewing().start())
+    return FleetService(fleet, asyncio.run(fleet.offers()), limits)
+
+
+def _hosted_there(source: str, options: ServeOptions) -> Hosted:
+    return hosted(Path(source), options)
+
+
+def _renew(fleet: RayFleet) -> None:
+    try:
+        fleet.renew()
+    except ServingError as error:
+        log.error("the replicas stay as they are: %s", error)
+    else:
+        log.info("all replicas have loaded their networks again")
+
+
+def rpc_side(service: BaseService, options: ServeOptions, token: str) -> Rpc:
     """Make the gRPC side.
 
     Raises:
