@@ -7,7 +7,8 @@ The cluster has three nodes, all on this machine: one for Ray's own processes an
 (`ray.cluster_utils.Cluster`). `impatient serve --ray` runs as a process of its own on a run
 directory that is trained first, and is asked over HTTP. What does not hold raises. Times are those
 of a machine on which all nodes, the front and the callers share the processors, so they say what a
-hop costs at most here, and nothing of real networks between machines.
+hop costs at most here, and nothing of real networks between machines. At last, two replicas of
+which one says that it is slower show whom the router prefers.
 
 A busy machine may miss the 30 s in which Ray expects a node to start; begin again then.
 """
@@ -15,7 +16,10 @@ A busy machine may miss the 30 s in which Ray expects a node to start; begin aga
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import dataclasses
+import functools
 import http.client
 import json
 import os
@@ -35,9 +39,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Row, write_results
+from impatient.clock import SYSTEM_CLOCK
+from impatient.serving.base import Answered
+from impatient.serving.fleet import Ask, Fleet
+from impatient.serving.scheduler import Request
+from impatient.serving.service import Hosted
+from impatient.verbs.serve import ServeOptions, hosted
 
 PATIENCE_S = 240.0
 START = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -254,6 +266,63 @@ def checked(server: Server, link: Path, other: Path) -> tuple[list[Row], list[st
     return rows, said
 
 
+def told_slower(source: str, *, node: str, note: Path) -> Hosted:
+    """Load a run, and on one node say that it takes four times as long as it does."""
+    import ray
+    from ray import serve
+
+    one = hosted(Path(source), ServeOptions(directories=(Path(source),)))
+    if ray.get_runtime_context().get_node_id() != node:
+        return one
+    note.write_text(serve.get_replica_context().replica_id.unique_id)
+    return dataclasses.replace(one, model=one.model.scaled(4.0))
+
+
+async def asked(fleet: Fleet, requests: int, at_once: int) -> Counter[str]:
+    """Ask for answers, some at once, and count who answered."""
+    found: Counter[str] = Counter()
+    places = asyncio.Semaphore(at_once)
+    inputs = {"input": np.full((1, 1, 8, 8), 0.5, np.float32)}
+
+    async def one(number: int) -> None:
+        async with places:
+            now = SYSTEM_CLOCK.now()
+            request = Request(id=number, model="digits", arrival=now, deadline=now + 5.0)
+            ask = Ask(request=request, inputs=inputs, streamed=False)
+            async for replica, event in fleet.ask(ask):
+                assert isinstance(event, Answered), event
+                found[replica] += 1
+
+    await asyncio.gather(*(one(number) for number in range(requests)))
+    return found
+
+
+def shares(address: str, run: Path, note: Path) -> str:
+    """Say how requests are shared between a replica and one that says it is slower."""
+    import ray
+
+    from impatient.serving.ray_serve import STATS_S, Plan, RayFleet
+
+    ray.init(address=address, log_to_driver=False)
+    node = min(one["NodeID"] for one in ray.nodes() if one["Resources"].get("CPU"))
+    load = functools.partial(told_slower, node=node, note=note)
+    fleet = RayFleet(load=load, sources=[str(run)], plan=Plan(replicas=2), name="shares")
+    fleet.deploy()
+    # until the router has heard of the costs
+    time.sleep(5 * STATS_S)
+    found = {at_once: asyncio.run(asked(fleet, 200, at_once)) for at_once in (1, 16)}
+    fleet.stop()
+    ray.shutdown()
+    slow = note.read_text()
+    assert found[1][slow] == 0, found
+    assert 0 < found[16][slow] < 100, found
+    return (
+        "Of two replicas, one says that its stages take four times as long as they do. Of 200 "
+        f"requests one after the other it was sent {found[1][slow]}, of 200 with 16 at once "
+        f"{found[16][slow]}."
+    )
+
+
 def main() -> None:
     """Run everything, and write the page."""
     argparse.ArgumentParser(description=__doc__).parse_args()
@@ -278,7 +347,8 @@ def main() -> None:
             start_s = time.monotonic() - begin
             found, said = checked(server, link, runs[1])
         until(lambda: not server.replicas())
-        said.append("At SIGTERM the front ended, and its replicas with it.")
+        said.append(shares(cluster.address, runs[0], Path(folder) / "slow"))
+        said.insert(-1, "At SIGTERM the front ended, and its replicas with it.")
         cluster.shutdown()
     text = [
         f"The first replica answered {start_s:.0f} s after the start of the server. Every request "
