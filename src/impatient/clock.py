@@ -122,7 +122,9 @@ class Deadline:
                 deadline.
         """
         now = clock.now()
-        return cls(now + positive_seconds(seconds, "the time until a deadline"), now)
+        if not (isinstance(seconds, float) and seconds > 0.0):
+            seconds = positive_seconds(seconds, "the time until a deadline")
+        return cls(now + seconds, now)
 
     def remaining(self, clock: Clock = SYSTEM_CLOCK) -> float:
         """Return the seconds left, negative after the deadline."""

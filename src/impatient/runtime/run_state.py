@@ -69,6 +69,7 @@ class RunState:
         policy: policy that stops samples early; None stops none.
     Attributes:
         exit: exit that the run has reached; None before the first.
+        following: exit that would come next, once `stops` has returned None.
         spent: exits that the run has reached, each with whether its head has run.
         device: device of the input; None for the CPU.
         stages_s, heads_s, decisions_s: seconds that the parts took since `reset_times`.
@@ -80,6 +81,7 @@ class RunState:
     # Until something else is known; few stores, because every run makes a state.
     exit: Exit | None = None
     stages_s = heads_s = decisions_s = 0.0
+    following = 0
     # Seconds of the first stage and its head, the head as profiled.
     first_s = 0.0
     # Instant at which the latest stage began.
@@ -95,8 +97,6 @@ class RunState:
     _over = False
     # Whether the policy stops at this exit. None: it was not asked yet.
     _stopped: bool | None = None
-    # The exit that would come next. None: the network itself has stopped.
-    _following: int | None = 0
 
     def __init__(
         self,
@@ -131,13 +131,6 @@ class RunState:
     def policy(self) -> Policy | None:
         """Return the policy of the run."""
         return self._policy
-
-    @property
-    def following(self) -> int:
-        """Return the exit that would come next."""
-        # None only where `stops` has returned a reason.
-        assert self._following is not None
-        return self._following
 
     def check_open(self) -> None:
         """Raise RunError if the run was closed."""
@@ -198,9 +191,11 @@ class RunState:
         index = exit.index
         if index == self._last:
             return "final"
-        self._following = exit.upcoming
-        if self._following is None:
+        upcoming = exit.upcoming
+        if upcoming is None:
+            # The network itself has stopped.
             return "policy"
+        self.following = upcoming
         if self._stopped is None:
             policy = self._policy
             plan = self._plan

@@ -457,12 +457,17 @@ class ContractRun:
         begin = self._runner.clock.now()
         state = self._state
         state.check_open()
+        if deadline is not NEVER:
+            check_deadline(deadline)
         with self._runner._modes():
             self._prepare(begin, deadline, limits)
+            state.reset_times()
+            self._stopped_by = None
             if not isinstance(policy, str):
                 state.override(self._runner.drawn(policy, state.samples))
             if state.exit is None:
-                self._check_first(begin)
+                if self._runner.when_late == "raise":
+                    self._check_first(begin)
                 stops = self._step(state.advance())
             else:
                 stops = self._step(state.exit, again=True)
@@ -484,7 +489,8 @@ class ContractRun:
                 given = self._runner.by_row(self._state, deadline, limits)
                 self._rows, last, self._earliest = given
                 self._prepare(begin, last, largest(limits))
-            self._check_first(begin)
+            if self._runner.when_late == "raise":
+                self._check_first(begin)
             try:
                 self._state.walk(self._step)
                 if self._stopped_by is None:
@@ -509,21 +515,16 @@ class ContractRun:
     def _prepare(
         self, begin: float, deadline: Deadline, limits: Mapping[Unit, float] | None
     ) -> None:
-        if deadline is not NEVER:
-            check_deadline(deadline)
         self._begin = begin
         self._deadline = deadline
         if self._rows is None:
             self._earliest = deadline
         self._limits = limits_of(self._runner.costs, limits) if limits else ()
         self._bounded = deadline.instant < math.inf or bool(self._limits) or self._rows is not None
-        self._stopped_by = None
-        self._state.reset_times()
 
     def _check_first(self, now: float) -> None:
-        if self._runner.when_late == "raise":
-            self._runner._check_first(self._predictor, now, self._earliest)
-            self._runner._check_limits(self._limits)
+        self._runner._check_first(self._predictor, now, self._earliest)
+        self._runner._check_limits(self._limits)
 
     def _choose_predictor(self) -> None:
         """Find the predictor for the rows that the next stage runs."""
