@@ -24,8 +24,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# The provenance names the commit and the machine; what follows has come with tasks.
-NOT_COMPARED = {"provenance", "task", "own_task", "metrics", "quality_name"}
+# The provenance names the commit and the machine; the next four have come with tasks; the last two
+# are looked up in other values, and are functions.
+NOT_COMPARED = {
+    "provenance",
+    "task",
+    "own_task",
+    "metrics",
+    "quality_name",
+    "plain_score",
+    "for_one",
+}
 
 
 def digest(*tensors: Any) -> str:
