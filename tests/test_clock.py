@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from impatient.clock import (
@@ -104,6 +105,13 @@ def test_a_deadline_is_stamped_once_and_time_counts_against_it():
     assert deadline.remaining(clock) == 0.125
     clock.advance(0.25)
     assert deadline.remaining(clock) == -0.125
+
+
+@pytest.mark.parametrize("seconds", [np.float64(0.5), np.float32(0.5), "0.5", 1])
+def test_numbers_of_other_kinds_become_plain_ones(seconds):
+    deadline = Deadline.after(seconds, FakeClock())
+    assert type(deadline.instant) is float
+    assert deadline.instant == float(seconds)
 
 
 def test_an_infinite_budget_means_no_limit():

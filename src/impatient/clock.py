@@ -122,7 +122,7 @@ class Deadline:
                 deadline.
         """
         now = clock.now()
-        if not (isinstance(seconds, float) and seconds > 0.0):
+        if type(seconds) is not float or not seconds > 0.0:
             seconds = positive_seconds(seconds, "the time until a deadline")
         return cls(now + seconds, now)
 

@@ -49,7 +49,7 @@ def first_tensor(value: Any) -> Tensor:
 def batch_size_of(x: Any) -> int:
     """Return the number of samples in an input of any accepted kind."""
     tensor = x if isinstance(x, Tensor) else first_tensor(x)
-    samples = tensor.shape[0]
+    samples = int(tensor.shape[0])
     if not samples:
         raise NetworkError(
             f"an input of shape {tuple(tensor.shape)} has no samples; expected at least one in the "
