@@ -43,13 +43,15 @@ PAUSE_S = 1.0
 def display(wanted: bool, *, between: bool = False) -> Progress:
     """Make the display, on the error stream, so that results can be piped.
 
-    Add tasks with `add_task(description, total=..., unit="samples")`; a task may have a text beside
-    its numbers, as `note`. The display disappears when all is done.
+    It is shown on a terminal alone, and disappears when all is done. Add tasks with
+    `add_task(description, total=..., unit="samples")`; a task may have a text beside its numbers,
+    as `note`.
 
     Args:
         wanted: whether it is shown at all.
         between: whether it is drawn only when asked to; else a thread draws it.
     """
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(20),
@@ -57,9 +59,10 @@ def display(wanted: bool, *, between: bool = False) -> Progress:
         SpeedColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", markup=False),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=not wanted,
+        # into a pipe an empty line would be written when all is done
+        disable=not (wanted and console.is_interactive),
         auto_refresh=not between,
     )
 

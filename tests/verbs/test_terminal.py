@@ -92,10 +92,17 @@ def test_what_has_no_json_is_refused() -> None:
         to_json(object())
 
 
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the error stream pass for a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.mark.usefixtures("terminal")
 def test_progress_says_what_how_far_and_how_fast() -> None:
     with progress.display(wanted=True) as shown:
         shown.console.file = io.StringIO()
-        shown.console._force_terminal = True
         task = shown.add_task("recording", total=10, unit="batches", note="loss 0.5")
         shown.update(task, completed=4)
         text = "".join(part.text for part in shown.console.render(shown.get_renderable()))
@@ -110,6 +117,13 @@ def test_progress_disappears_where_it_is_not_wanted(capsys: pytest.CaptureFixtur
     assert captured.out + captured.err == ""
 
 
+def test_nothing_is_written_into_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.waiting("for something", wanted=True):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("terminal")
 def test_while_something_is_timed_no_thread_draws(capsys: pytest.CaptureFixture[str]) -> None:
     before = threading.active_count()
     given = progress.tracked(range(3), "timing", total=3, unit="runs", wanted=True, between=True)
@@ -193,13 +207,11 @@ SHOWN = {
 }
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("verb", SHOWN)
 def test_long_verbs_show_their_progress_unless_asked_not_to(
-    call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    call: Call, run_dir: Path, verb: str
 ) -> None:
-    # as on a terminal
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
     description, arguments = SHOWN[verb]
     command = [run_dir if part == RUN else part for part in arguments]
     code, text = call(verb, *command)
