@@ -45,7 +45,8 @@ TEXT = """
 Quality on the test split times 100, mean and standard deviation over the seeds. "lost" is the last
 exit against the same network without exits that was trained as long, seed by seed, with
 the standard error of its mean. "last loss" is the last exit's loss on the training split in the
-last epoch. Without exits means a weight of 0 for every exit but the last.
+last epoch. Without exits means a weight of 0 for every exit but the last. CIFAR-10 trains for 8
+epochs, the others for 6; corrections anew for three times as many.
 """
 
 

@@ -119,6 +119,25 @@ def test_splits_have_their_usual_names(tmp_path: Path, call: Call) -> None:
         assert found[0].quality.equal(found[1].quality)
 
 
+def test_detections_of_another_program_are_judged_by_their_boxes(
+    tmp_path: Path, call: Call
+) -> None:
+    targets = np.zeros((400, 1, 5), dtype=np.float32)
+    targets[..., 1:] = 0.5
+    # one query, of two classes and no object: the last exit is right, the others find nothing
+    outputs = np.full((EXITS, 400, 1, 7), 0.5, dtype=np.float32)
+    outputs[..., :3] = [0.0, 0.0, 9.0]
+    outputs[-1, ..., :3] = [9.0, 0.0, 0.0]
+    arrays = {**classes(), "outputs": outputs, "targets": targets}
+    run = tmp_path / "run"
+    code, said = call(
+        "import", saved(tmp_path, arrays), "--into", run, *COSTS, "--task", "detection"
+    )
+    assert code == 0, said
+    test = Recording.load(run / "recordings" / "test.safetensors")
+    assert test.quality.mean(1).tolist() == [0.0] * (EXITS - 1) + [1.0]
+
+
 def spoilt(**changes: object) -> Arrays:
     """Arrays of which some are replaced, or with None left out."""
     changed = {name: value for name, value in changes.items() if value is not None}

@@ -226,7 +226,7 @@ def _held_back(evaluation: Evaluation) -> Iterator[str]:
             yield (
                 f"The last exit reaches {percent(last.value)}, the network without exits "
                 f"{percent(row.accuracy.value)} when trained alone: early exits hold it back. "
-                "Train longer (`--epochs`), or give the last exit half of the weight "
+                "Try more epochs (`--epochs`), or half of the weight for the last exit "
                 "(`--weights half_end`)."
             )
 

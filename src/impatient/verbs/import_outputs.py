@@ -48,7 +48,7 @@ class ImportOptions(VerbOptions):
             An array class_names is optional.
         directory: The run directory to make.
         task: What the outputs mean: classification (with :top=5, ...), binary, multi_label,
-            regression (with :tolerance=0.5 or :scale=2), segmentation or embedding.
+            regression (with :tolerance=0.5 or :scale=2), segmentation, embedding or detection.
         costs_ms: Time until the answer of each exit, in ms.
         stages_ms: Time of each stage alone, in ms, instead of --costs-ms.
         profile: File of a cost profile that was measured, instead of --costs-ms.
