@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -289,7 +290,12 @@ class InferenceThread:
     def _told(self, done: Done) -> Job | None:
         """Tell what a work gave, and return the job that follows at once, if there is any."""
         try:
-            return self._next_job(done)
+            job = self._next_job(done)
+            if job is not None and hasattr(os, "sched_yield"):
+                # On a core that it shares with this thread, the event loop would else not read
+                # what has come, or send what is due, until the kernel ends this thread's turn.
+                os.sched_yield()
+            return job
         except Exception:
             # such as from a rule of somebody's own
             log.exception("nothing follows on work of the model %s", done.work.model)
