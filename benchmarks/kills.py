@@ -53,7 +53,11 @@ from impatient.provenance import fingerprint_tensors
 Row = dict[str, object]
 Command = Sequence[object]
 # Entries that differ between two equal runs: dates, measured times, and what is computed from them.
-MEASURED = {"created", "seconds", "costs", "fingerprint", "weights_file"}
+MEASURED = {
+    *("created", "seconds", "costs", "fingerprint", "weights_file"),
+    # What is measured of the members of a selection.
+    *("node_s", "mean_cost"),
+}
 # Files of measured times, of gates that were fitted with theirs, and pages that show them.
 TIMED = re.compile(
     r"(profile\S*|evaluation|costs)\.json|gates\.(json|safetensors)|report\.html|metrics\.csv"
