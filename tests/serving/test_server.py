@@ -222,6 +222,13 @@ def test_bad_parameters_have_a_reason(shared, parameters, reason) -> None:
     assert reason in reply["error"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_may_begin_with_the_mark_of_its_encoding(shared, encoding: str) -> None:
+    _network, port = shared
+    marked = body_of([1, 2, 3, 4]).decode().encode(encoding)
+    assert ask(port, "/v2/models/net/infer", marked)[0] == 200
+
+
 def test_a_body_that_never_ends_is_not_waited_for() -> None:
     with serving(Gated(), default_s=0.1, most_s=0.2) as (_service, port):
         caller = connected(port, HEAD % 99 + b"{")

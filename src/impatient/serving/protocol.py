@@ -115,7 +115,8 @@ _DECODER = json.JSONDecoder(parse_constant=_no_such_number)
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        value = _DECODER.decode(text.decode())
+        # as json.loads does it: with any mark at the beginning that says how it is encoded
+        value = _DECODER.decode(text.decode(json.detect_encoding(text), "surrogatepass"))
     except (UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {type(error).__name__}.") from error
     except ValueError as error:
