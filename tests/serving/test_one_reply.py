@@ -23,6 +23,7 @@ from torch import nn
 from asking import HEAD, all_from, ask, body_of, connected, infer, reply_from
 from fakes import wait_until
 from impatient import Network, attach_exits
+from impatient.errors import ServingError
 from impatient.serving.base import Limits
 from impatient.serving.rules import Fixed, GreedyGain
 from impatient.serving.scheduler import Refuse, Rule
@@ -194,6 +195,16 @@ def gated_layers() -> tuple[Network, list[Gate]]:
     backbone = nn.Sequential(*layers).eval()
     network = attach_exits(backbone, after=["2", "5"], heads=heads, example=torch.zeros(1, 4))
     return network.eval(), gates
+
+
+def test_a_model_that_there_is_not_is_said_and_leaves_nothing_behind() -> None:
+    async def asked(service):
+        inputs = {"input": np.ones((1, 4), dtype="float32")}
+        with pytest.raises(ServingError, match="one of the models net"):
+            await anext(service.answers("nett", inputs, arrival=service.clock.now()))
+        return service._calls
+
+    assert in_service(Gated(), asked) == {}
 
 
 def test_a_caller_that_goes_costs_no_further_stage() -> None:

@@ -241,7 +241,8 @@ class Service(BaseService):
                 if isinstance(event, Refuse) or event.stopped_by:
                     return
         finally:
-            if not call.replied:
+            # The scheduler refuses a model that there is not.
+            if not call.replied and model in self.counters:
                 self.counters[model].cancelled += 1
                 self._tell(functools.partial(self.scheduler.cancelled, request.id))
                 self._forget(call)
