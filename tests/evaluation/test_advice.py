@@ -81,9 +81,9 @@ def test_several_policies_that_miss_their_targets_are_named_in_one_sentence():
     ("surety", "free_s", "words"),
     [
         # exit 0 is always right and sure: 1.1 ms
-        (0.9, 3e-3, "exits save 63 % of the time: the fastest thresholds with as much accuracy"),
+        (0.9, 3e-3, "exits save at most 63 % of the time: the fastest thresholds with as much"),
         (0.9, 1.1e-3, "exits gain nothing: the fastest thresholds"),
-        (0.9, 1e-3, "exits cost 10 % of the time: the fastest thresholds"),
+        (0.9, 1e-3, "exits cost at least 10 % of the time: the fastest thresholds"),
     ],
 )
 def test_it_says_what_exits_gain_where_nothing_may_be_lost(surety, free_s, words):

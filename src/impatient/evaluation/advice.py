@@ -276,7 +276,9 @@ def bolder(families: Sequence[Family], recording: Recording, costs: CostProfile)
 def without_loss(
     evaluation: Evaluation, families: Sequence[Family], recording: Recording, costs: CostProfile
 ) -> str:
-    """Say whether exits save time where nothing may be lost; empty if nobody can tell.
+    """Say what exits save at best where nothing may be lost; empty if nobody can tell.
+
+    It is the best case, since thresholds are chosen on the samples that judge them.
 
     Args:
         evaluation: what was judged.
@@ -298,9 +300,10 @@ def without_loss(
         )
     least = float(judged.contract_s[keeps].min())
     change = least / free.contract_s - 1.0
-    gain = f"{'save' if change < 0.0 else 'cost'} {percent(abs(change), 0)} of the time"
+    what = "save at most" if change < 0.0 else "cost at least"
+    gain = f"{what} {percent(abs(change), 0)} of the time"
     return (
         f"Where nothing may be lost, exits {gain if abs(change) >= SMALL else 'gain nothing'}: the "
-        f"fastest thresholds with as much {evaluation.quality_name} as without exits take "
-        f"{milliseconds(least)}."
+        f"fastest thresholds with as much {evaluation.quality_name} as without exits, found on "
+        f"these very samples, take {milliseconds(least)}."
     )
