@@ -75,6 +75,14 @@ def test_the_latest_answer_is_given_at_the_deadline_though_a_stage_is_running() 
     assert scheduler.finished(second, {}, 3.0) == []
 
 
+def test_of_a_short_budget_at_most_half_is_kept_for_the_reply() -> None:
+    scheduler = scheduler_of(reserve_s=9.0)
+    (first,) = scheduler.arrived(Request(id=0, model="net", deadline=9.0, arrival=1.0), 1.0)
+    (second,) = scheduler.finished(first, {}, 2.0)
+    assert (second.first, second.last) == (1, 1)
+    assert scheduler.next_tick(2.0) == pytest.approx(5.0)
+
+
 def test_a_first_exit_is_not_risked_for_a_deeper_one() -> None:
     scheduler = scheduler_of()
     (first,) = scheduler.arrived(Request(id=0, model="net", deadline=100.0), 0.0)

@@ -64,6 +64,14 @@ class Request:
                 "Every request has one: give it a default."
             )
 
+    def due(self, reserve_s: float) -> float:
+        """Return when its answer must be there, so that there is time to send it.
+
+        Args:
+            reserve_s: time kept for that; of a short budget at most half.
+        """
+        return self.deadline - min(reserve_s, (self.deadline - self.arrival) / 2)
+
 
 @dataclass(slots=True, kw_only=True)
 class Pending:
@@ -405,7 +413,7 @@ class Scheduler:
         """Return the next instant at which `tick` is due, infinity if there is none."""
         due = min(
             (
-                one.request.deadline - self.reserve_s
+                one.request.due(self.reserve_s)
                 for one in self._pending.values()
                 if self._due_at_deadline(one)
             ),
@@ -484,7 +492,7 @@ class Scheduler:
 
     def _over(self, one: Pending, now: float) -> Reason | None:
         """Return why a request goes no further, or None if it does."""
-        if one.request.deadline - self.reserve_s <= now and self._due_at_deadline(one):
+        if one.request.due(self.reserve_s) <= now and self._due_at_deadline(one):
             return "deadline"
         if one.exit < 0 or one.running:
             return None
@@ -495,7 +503,7 @@ class Scheduler:
             return "policy"
         step_s = model.work_s(one.exit + 1, one.exit + 1, one.request.rows)
         # What cannot be done by then, even alone and at once, is not waited for.
-        return "deadline" if now + step_s > one.request.deadline - self.reserve_s else None
+        return "deadline" if now + step_s > one.request.due(self.reserve_s) else None
 
     def _begin(self, choice: Choice, now: float) -> list[Action]:
         head = choice.pending[0]

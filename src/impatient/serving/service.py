@@ -235,7 +235,7 @@ class Service(BaseService):
         try:
             self._tell(functools.partial(self.scheduler.arrived, request))
             # Now, so that the inference thread need not ask for it when there is an answer.
-            self._wake_at(request.deadline - self.scheduler.reserve_s)
+            self._wake_at(request.due(self.scheduler.reserve_s))
             while (event := await call.next()) is not None:
                 yield event
                 if isinstance(event, Refuse) or event.stopped_by:
