@@ -1,8 +1,10 @@
 """Samples of several arrays: by name over HTTP and gRPC, padded and joined with their masks."""
 
 import json
+import runpy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ from impatient.errors import BadRequest, ServingError
 from impatient.serving.protocol import read_request
 from impatient.serving.tensors import InputSpec, TensorSpec
 from served import TEXTS, Words, hosted_texts, serving_both
+from texts import save_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 IDS = np.array([[1, 2, 2], [5, 7, 3]])
 MASK = np.array([[1, 1, 1], [1, 1, 0]])
@@ -70,6 +75,20 @@ def test_tritons_clients_send_arrays_by_name(shared) -> None:
         np.testing.assert_array_equal(reply.as_numpy("output"), counts(IDS, MASK))
     finally:
         client.close()
+
+
+def test_the_example_asks_for_texts_of_different_lengths(shared, tmp_path) -> None:
+    import transformers
+
+    _service, _network, port, _rpc_port = shared
+    ask = runpy.run_path(str(ROOT / "examples/serving/ask_text.py"))["ask"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_tokenizer(tmp_path))
+    texts = ["good", "bad word0 bad", "word3"]
+    rows, facts = ask(f"127.0.0.1:{port}", "net", tokenizer, texts, 5000.0)
+    tokens = tokenizer(texts, padding=True, return_tensors="np")
+    wanted = counts(tokens["input_ids"], tokens["attention_mask"])
+    np.testing.assert_array_equal(rows, wanted)
+    assert facts["exit"] == 2
 
 
 def test_requests_of_different_lengths_share_a_batch_and_keep_their_answers() -> None:

@@ -604,6 +604,15 @@ def test_one_image_is_read_as_the_network_was_trained(tmp_path):
     assert (raw == 77).all()
 
 
+def test_a_frame_in_memory_is_read_as_its_file_is(tmp_path):
+    data = load_data(f"imagefolder:{folder_of(tmp_path, {'train': 4, 'test': 2})}")
+    frame = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(frame).save(tmp_path / "frame.png")
+    raw = data.preprocess.image(Image.fromarray(frame))
+    assert raw.equal(data.preprocess.image(tmp_path / "frame.png"))
+    assert tuple(raw.shape) == (1, 3, 5, 7)
+
+
 def test_the_middle_of_an_image_is_what_is_seen(tmp_path):
     picture = Image.new("L", (30, 10), 0)
     picture.paste(255, (10, 0, 20, 10))

@@ -170,6 +170,7 @@ def test_preprocessing_says_what_it_does():
     assert "scaled to [0, 1]" in shown
     assert "0.5, 0.5, 0.5" in shown
     assert str(Preprocess(mean=(), std=())) == "numbers reach the network as they are"
+    assert "from 0 to 255" in str(Preprocess(mean=(), std=(), dtype="uint8"))
 
 
 # --- labels ---------------------------------------------------------------------------------------

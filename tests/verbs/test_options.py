@@ -150,6 +150,8 @@ def test_a_recipe_on_the_command_line_is_the_recipe_of_the_library() -> None:
         (["plan", "--times-ms", "0.1,1000"], "times_s", (0.0001, 1.0)),
         (["profile", "run", "--engines", "eager,compile"], "engines", ("eager", "compile")),
         (["train", "run", "--after", "every:2"], "after", ("every:2",)),
+        # the word of attach_exits, and the default here
+        (["train", "run", "--after", "auto"], "after", ()),
     ],
 )
 def test_units_and_lists_are_read_in_one_place(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from impatient import checks
@@ -16,7 +17,7 @@ from impatient.errors import DataError
 from impatient.networks.transforms import Resizing, Transform
 from impatient.training.examples import Examples
 from impatient.training.options import DataOptions
-from impatient.training.pictures import read_image
+from impatient.training.pictures import image_tensor, read_image
 from impatient.trees import map_leaves, size
 
 
@@ -100,7 +101,9 @@ class Preprocess:
             resized = f"; of pictures of other sizes than {self.size[0]}x{self.size[1]}, "
             resized += str(self.resizing)
         if not self.mean:
-            return f"numbers reach the network as they are{resized}"
+            kept = "bytes reach the network as numbers from 0 to 255"
+            as_they_are = "numbers reach the network as they are"
+            return f"{kept if self.dtype == 'uint8' else as_they_are}{resized}"
         shown = [
             ", ".join(f"{number:.4g}" for number in numbers[:4]) + ", ..." * (len(numbers) > 4)
             for numbers in (self.mean, self.std)
@@ -136,18 +139,24 @@ class Preprocess:
             )
         return raw
 
-    def image(self, path: str | Path) -> Tensor:
-        """Read one image file as raw input [1, C, H, W], uint8.
+    def image(self, picture: str | Path | Image.Image) -> Tensor:
+        """Read a picture as raw input [1, C, H, W], uint8, resized.
 
+        Args:
+            picture: a file, or a picture of Pillow, such as `Image.fromarray(frame)`.
         Raises:
             DataError: if the file is missing or not an image, or if the network does not take
                 images.
         """
         if self.size is None:
             raise DataError(
-                f"cannot read {path}: this network was trained on inputs that are not images."
+                f"cannot read {picture}: this network was trained on inputs that are not images."
             )
-        return read_image(Path(path), self.size, self.channels, self.resizing)[None]
+        if isinstance(picture, Image.Image):
+            read = image_tensor(picture, self.size, self.channels, "the picture", self.resizing)
+        else:
+            read = read_image(Path(picture), self.size, self.channels, self.resizing)
+        return read[None]
 
 
 def _as_floats(raw: Tensor) -> Tensor:

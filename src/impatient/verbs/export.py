@@ -115,11 +115,15 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     log.info("exported: %s", target)
     if engine != "aoti":
         log.info(
-            "to run it without torch: cd %s && python run.py INPUT.%s --deadline-ms 5 "
+            "to run it without torch: cd %s && python run.py %s --deadline-ms 5 "
             "(python run.py --help)",
             target,
             # several arrays do not go into one .npy file
-            "npz" if spec.example_parts else "npy",
+            "INPUT.npz"
+            if spec.example_parts
+            else "PICTURE"
+            if spec.preprocess.size
+            else "INPUT.npy",
         )
     made = impatient.load_engine(target)
     costs = impatient.profile(made, samples[0], repeats=options.repeats, progress=not options.quiet)

@@ -90,7 +90,7 @@ class TrainOptions(VerbOptions):
         exits: Number of exits, placed by measured cost; the last is the output. By default 4, or
             the model's own.
         after: Modules to exit after, instead of --exits; every:2 for every second block; calls:step
-            for every call of a loop's step.
+            for every call of a loop's step; auto, the default, leaves it to --exits.
         engine: Engine that the network is for: with onnxruntime, openvino, compile or aoti, exits
             are placed where few bytes cross.
         heads: Kind of early prediction layers; by default linear, or the model's own.
@@ -133,6 +133,10 @@ class TrainOptions(VerbOptions):
     precision: str = "32-true"
     restart: Flag = False
     quiet: Quiet = False
+
+    def __post_init__(self) -> None:
+        if self.after == ("auto",):
+            object.__setattr__(self, "after", ())
 
     @property
     def task_name(self) -> str:
