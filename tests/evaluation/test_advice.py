@@ -8,7 +8,13 @@ import pytest
 from impatient import budgets
 from impatient.costs import Noise
 from impatient.evaluation import StaticBaseline, evaluate
-from impatient.evaluation.advice import advice, bolder, missed_targets, without_loss
+from impatient.evaluation.advice import (
+    advice,
+    bolder,
+    missed_targets,
+    points_to_guarantee,
+    without_loss,
+)
 from impatient.evaluation.payload import make_payload
 from impatient.policies import ThresholdPolicy
 from impatient.policies.targets import FittedTo
@@ -50,7 +56,7 @@ def test_a_policy_that_loses_more_than_it_was_fitted_to_is_named():
     missed = words("max_accuracy_loss", 0.01)
     assert "Policy early was to lose at most 1 point of accuracy, and here 5.0 are lost" in missed
     assert "on the 50 samples that it was fitted to, and these are 100 others" in missed
-    assert "`impatient fit DIR --max-loss 1 --delta 0.05`" in missed
+    assert "`impatient fit DIR --max-loss 12 --delta 0.05`" in missed
     # just kept, no target of its own, and another kind of target
     assert words("max_accuracy_loss", 0.05) == ""
     assert words("max_accuracy_loss", 0.01, "another") == ""
@@ -74,7 +80,7 @@ def test_several_policies_that_miss_their_targets_are_named_in_one_sentence():
     assert sentence.startswith(
         "Policies a and b were to lose at most 1 and 3 points of accuracy, and here 5.0 and 5.0 are"
     )
-    assert "`impatient fit DIR --max-loss 1 --delta 0.05`" in sentence
+    assert "`impatient fit DIR --max-loss 12 --delta 0.05`" in sentence
 
 
 @pytest.mark.parametrize(
@@ -190,3 +196,15 @@ def test_a_last_exit_that_the_early_ones_hold_back_is_told_what_helps():
     assert "--weights half_end" in helped
     # within what chance explains
     assert "hold it back" not in words([1] * 65 + [0] * 35)
+
+
+@pytest.mark.parametrize(
+    ("samples", "points"),
+    # where half of the samples can show what was wanted, it is asked for
+    [(1200, 0.5), (600, 1), (50, 12)],
+)
+def test_the_guarantee_that_is_advised_can_be_shown_on_as_many_samples(samples, points):
+    wanted = 0.005
+    asked = points_to_guarantee(FittedTo(name="max_accuracy_loss", wanted=wanted, samples=samples))
+    assert asked == points
+    assert (1 - asked / 100) ** (samples // 2) <= 0.05

@@ -488,7 +488,7 @@ def test_exactly_one_target_is_needed(given):
     [
         *itertools.product(("mean_time_s", "mean_macs"), (math.nan, -0.1, INF, 0.0)),
         # nothing lost is a target
-        *itertools.product(("max_accuracy_loss",), (math.nan, -0.1, INF)),
+        *itertools.product(("max_accuracy_loss",), (math.nan, -0.1, INF, 1.0)),
     ],
 )
 def test_targets_that_are_no_amounts_are_refused(name, value):

@@ -151,7 +151,7 @@ BAD: dict[str, tuple[Arrays, tuple[str, ...], str]] = {
     "turned": (spoilt(outputs=GOOD["outputs"].swapaxes(0, 1)), COSTS, r"swapaxes\(0, 1\)"),
     "too few targets": (spoilt(targets=GOOD["targets"][:9]), COSTS, r"targets of shape \(9,\)"),
     "targets NaN": (spoilt(targets=np.full(400, np.nan)), COSTS, "200 target values are NaN"),
-    "outputs NaN": (spoilt(outputs=GOOD["outputs"] * np.nan), COSTS, "exit 0 gives NaN"),
+    "outputs NaN": (spoilt(outputs=GOOD["outputs"] * np.nan), COSTS, "): exit 0 gives NaN"),
     "absent class": (spoilt(targets=np.full(400, 7)), COSTS, "labels go from 7 to 7 for 5 outputs"),
     "hidden labels": (spoilt(targets=np.full(400, -1)), COSTS, "-1 is among them"),
     "no targets": (spoilt(targets=None), COSTS, "no targets; expected outputs"),
@@ -218,3 +218,14 @@ def test_only_imported_outputs_are_replaced_and_old_policies_go_with_them(
         code, said = call(verb, run)
         assert code == 1
         assert "without their network" in said
+
+
+def test_the_likeliest_classes_are_counted_from_the_import_on(tmp_path: Path, call: Call) -> None:
+    arrays = classes()
+    run = tmp_path / "run"
+    code, said = call("import", saved(tmp_path, arrays), "--into", run, *COSTS, "--top", 2)
+    assert code == 0, said
+    likeliest = arrays["outputs"][:, 200:].argsort(-1)[..., -2:]
+    right = (likeliest == arrays["targets"][200:, None]).any(-1).mean(1)
+    quality = Recording.load(run / "recordings" / "test.safetensors").quality.mean(1)
+    assert quality.tolist() == pytest.approx(right.tolist())

@@ -289,6 +289,8 @@ def test_only_runs_on_the_same_data_stand_beside_each_other(
     (other / "evaluation.json").unlink()
     code, text = call("report", run_dir, "--beside", other)
     assert (code, "has not been evaluated" in text) == (1, True)
+    code, text = call("report", tmp_path / "nowhere")
+    assert (code, "is no run directory" in text) == (1, True)
 
 
 def test_the_report_draws_the_network_and_shows_samples(run_dir: Path) -> None:

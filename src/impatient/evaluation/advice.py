@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -100,6 +101,13 @@ def _whether_exits_pay(evaluation: Evaluation) -> Iterator[str]:
         )
 
 
+def points_to_guarantee(target: FittedTo) -> float:
+    """Return the points to ask a guarantee for, on as many samples."""
+    # Half of them test. Even if none is lost, (1 - loss) ** half must be at most delta, 0.05.
+    shown = 1.0 - 0.05 ** (1.0 / max(1, target.samples // 2))
+    return target.wanted * 100 if target.wanted >= shown else math.ceil(shown * 100)
+
+
 def missed_targets(evaluation: Evaluation, targets: Mapping[str, FittedTo]) -> Iterator[str]:
     """Name policies that lose or take more than they were fitted to, on these samples.
 
@@ -117,13 +125,13 @@ def missed_targets(evaluation: Evaluation, targets: Mapping[str, FittedTo]) -> I
     ]
     if losing:
         names, fitted, lost = zip(*losing, strict=True)
-        first = min(target.wanted for target in fitted)
+        first = min(map(points_to_guarantee, fitted))
         yield (
             f"{_policies(names)} to lose at most {_each([f'{t.wanted * 100:g}' for t in fitted])} "
             f"point{'' if {t.wanted for t in fitted} == {0.01} else 's'} of "
             f"{evaluation.quality_name}, and here {_each([f'{loss * 100:.1f}' for loss in lost])} "
             f"are lost: {_met(fitted, evaluation)}. For a bound on new samples ask for a "
-            f"guarantee: `impatient fit DIR --max-loss {first * 100:g} --delta 0.05`."
+            f"guarantee: `impatient fit DIR --max-loss {first:g} --delta 0.05`."
         )
     slow = [
         (row.name, target, row.contract_s)

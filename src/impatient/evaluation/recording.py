@@ -327,8 +327,9 @@ def _check_finite(name: str, output: Any) -> None:
             continue
         # Without a table as large as the outputs: extremes are NaN if any number is.
         if not all(math.isfinite(extreme) for extreme in leaf.aminmax()):
+            called = name if name.startswith("exit ") else f"exit {name}"
             raise RecordingError(
-                f"exit {name} gives NaN or infinite outputs; check the weights, or train again "
+                f"{called} gives NaN or infinite outputs; check the weights, or train again "
                 "with a lower learning rate."
             )
 

@@ -76,6 +76,11 @@ class Target:
         [(name, wanted)] = given
         if name == LOSS:
             checks.not_negative(PolicyError, **{name: wanted})
+            if wanted >= 1.0:
+                raise PolicyError(
+                    f"{name}={wanted:g} allows any loss; expected a share below 1, such as 0.01 "
+                    "for one point."
+                )
         elif name != PRICE:
             checks.positive(PolicyError, **{name: wanted})
         # room for rounding alone

@@ -201,16 +201,19 @@ def shown(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[Table |
 
 def _three_lines(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[str]:
     """Say what was promised, what was measured, and what to open."""
+    from impatient.evaluation.advice import points_to_guarantee
+
     run = RunDirectory(options.directory)
     evaluation = impatient.Evaluation.load(run.evaluation_file)
     policy = evaluation.of("policy")[0]
-    wanted = run.targets()[policy.name].wanted * 100
+    target = run.targets()[policy.name]
+    wanted = target.wanted * 100
     lost = (evaluation.of("exit")[-1].accuracy.value - policy.accuracy.value) * 100
     free = evaluation["no exits, same weights"].contract_s
     met = sum(row.met for row in rows) / len(rows)
     missed = (
         f" (missed; for a bound on new samples: impatient fit {options.directory} "
-        f"--max-loss {wanted:g} --delta 0.05)"
+        f"--max-loss {points_to_guarantee(target):g} --delta 0.05)"
     )
     yield f"promised: answers by the deadline, and a policy that loses at most {wanted:g} point"
     yield (

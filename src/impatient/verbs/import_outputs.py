@@ -18,7 +18,7 @@ from impatient.table import Table, in_ms
 from impatient.verbs.compare import load_profile
 from impatient.verbs.imported import Imported, opened
 from impatient.verbs.notes import log
-from impatient.verbs.options import OFF, Flag, Names, Times, VerbOptions
+from impatient.verbs.options import OFF, Flag, Names, Times, Top, VerbOptions, with_top
 from impatient.verbs.processes import alone
 from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
@@ -59,6 +59,7 @@ class ImportOptions(VerbOptions):
     file: Annotated[Positional[Path], arg(metavar="FILE")]
     directory: Annotated[Path, arg(name="into", metavar="DIR")]
     task: str = "classification"
+    top: Top = None
     costs_ms: Times = ()
     stages_ms: Times = ()
     profile: Annotated[Path | None, OFF, arg(metavar="FILE")] = None
@@ -98,7 +99,7 @@ def import_outputs(options: ImportOptions) -> Taken:
     """
     run = RunDirectory(options.directory)
     _check_free(run, options)
-    task = impatient.tasks.named(options.task)
+    task = impatient.tasks.named(with_top(options.task, options.top))
     splits, class_names = _read(options.file)
     costs = _costs(options, exits=len(splits["validation"][0]))
     made = _origin(splits, costs)

@@ -40,7 +40,7 @@ class TailOptions(VerbOptions):
 
     Attributes:
         deadline_s: Deadline in ms of which to say how often each exit would miss it.
-        runs: Runs to each exit; at least 1,000.
+        runs: Runs to each exit; to fit a tail it takes 1,000 or more.
         pause_s: Sleep in ms before each run, as in a loop that waits for its sensor.
         real_time: Make the real-time settings that the system permits.
     """
