@@ -38,6 +38,7 @@ from typing import Any
 # Loaded before the processes are forked, to save each of them the time.
 import lightning_fabric  # noqa: F401
 import matplotlib.figure  # noqa: F401
+import numpy as np
 import onnxruntime  # noqa: F401
 import sklearn.datasets
 import sklearn.linear_model  # noqa: F401
@@ -315,7 +316,21 @@ def verbs(folder: Path) -> list[Verb]:
     made.append(Verb("ensemble", folder / "none", ensemble))
     select = ("select", "RUN", "OTHER", "OTHER", "--repeats", 20, "--quiet")
     made.append(Verb("select", folder / "none", select))
+    made.append(Verb("recalibrate", folder / "other", ("recalibrate", "RUN", "--quiet")))
+    outputs = save_outputs(folder / "outputs.npz")
+    imported = ("import", outputs, "--into", "RUN", "--costs-ms", "1,2,4")
+    made.append(Verb("import", folder / "none", imported))
     return made
+
+
+def save_outputs(file: Path) -> Path:
+    """Write outputs of three exits, as another program would have computed them."""
+    random = np.random.default_rng(0)
+    targets = random.integers(10, size=2000)
+    outputs = random.normal(size=(3, 2000, 10))
+    splits = np.where(np.arange(2000) < 1000, "validation", "test")
+    np.savez(file, outputs=outputs, targets=targets, splits=splits)
+    return file
 
 
 def _again(step: Sequence[str]) -> tuple[str, ...]:
