@@ -214,8 +214,8 @@ def _warn_if_noisy(noise: Noise | None, size: int) -> None:
         log.warning(
             "the machine was too noisy to say anything at batch size %d: the same network against "
             "itself took %.3f times as long (95 %% interval %.3f to %.3f; expected within 1 +- "
-            "%g). Stop what else is running, or allow more repeats, and profile again (on the "
-            "command line with --force).",
+            "%g). Stop what else is running, or allow more repeats, and measure again "
+            "(`impatient profile --force`).",
             size,
             noise.aa_ratio,
             noise.aa_low,
