@@ -190,9 +190,21 @@ class Callers:
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self._port)
 
+    async def _kept_open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Take the connection that was used last, or a new one.
+
+        Those that nobody used for half a minute have been closed by the server.
+        """
+        while self._open:
+            reader, writer = self._open.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await self._connection()
+
     async def stays(self, number: int, body: bytes | None = None) -> str:
         """Ask on a connection that stays open."""
-        connection = self._open.pop() if self._open else await self._connection()
+        connection = await self._kept_open()
         reader, writer = connection
         writer.write(request_of(body or body_of(number)))
         head = await reader.readuntil(b"\r\n\r\n")

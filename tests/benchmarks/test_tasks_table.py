@@ -40,7 +40,7 @@ def test_a_row_is_trained_judged_and_run_by_commands(table: ModuleType, tmp_path
     table.judge_case("numbers", 0, tmp_path, repeats=5)
     run = tmp_path / "numbers" / "seed-0"
     table.write_json(run / "onnx.json", {"refused": {"export": "no reason"}, "commands": []})
-    [row] = table.rows_of(tmp_path)
+    row = table.row_of(run)
     assert len(row["quality"]) == len(row["ms"]) == 4
     assert row["asked"] == 32
     # trained alike, and judged on the same samples
