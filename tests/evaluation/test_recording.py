@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from impatient.errors import ClassCountMismatch, RecordingError, StorageError, TaskError
+from impatient.errors import (
+    ClassCountMismatch,
+    LogitsWarning,
+    RecordingError,
+    StorageError,
+    TaskError,
+)
 from impatient.evaluation import Recording, record
 from impatient.evaluation.batch_tables import BatchTable
 from impatient.files import read_tensors, write_tensors
@@ -276,3 +282,14 @@ def test_logits_of_any_real_type_are_taken_in(dtype: str) -> None:
     outputs = np.array([[[1, 0, 3]], [[0, 9, 2]]], dtype)
     made = Recording.of(outputs, torch.tensor([2]), split="test")
     assert torch.equal(made.logits(), torch.from_numpy(outputs).float())
+
+
+def test_probabilities_in_place_of_logits_are_noticed() -> None:
+    outputs = torch.randn(2, 5, 3).softmax(-1)
+    labels = torch.zeros(5, dtype=torch.long)
+    with pytest.warns(LogitsWarning, match="probabilities, all of which sum to 1"):
+        Recording.of(outputs, labels, split="test")
+    with pytest.warns(LogitsWarning, match="probabilities, all of which sum to 100"):
+        Recording.of(100 * outputs, labels, split="test")
+    Recording.of(outputs.log(), labels, split="test")
+    Recording.of(2.0 * outputs, labels, split="test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
@@ -19,6 +20,7 @@ from impatient.errors import (
     ONE_COLUMN,
     ClassCountMismatch,
     DataError,
+    LogitsWarning,
     RecordingError,
     TaskError,
 )
@@ -319,6 +321,22 @@ def _check_logits(outputs: Any, labels: Any, exits: int) -> None:
     if len(labels) == 0:
         raise RecordingError("no samples; expected at least one.")
     check_labels(labels, outputs.shape[2])
+    _warn_of_probabilities(outputs)
+
+
+def _warn_of_probabilities(outputs: Float[Tensor, "K N C"]) -> None:
+    """Warn of shares or per cent in place of logits: a softmax makes the surest look unsure."""
+    sums = outputs.sum(-1)
+    total = float(sums[0, 0])
+    is_whole = min(abs(total - 1.0), abs(total / 100.0 - 1.0)) < 1e-3
+    alike = is_whole and bool(((sums - total).abs() < 1e-3 * total).all())
+    if alike and bool((outputs >= 0).all()):
+        warnings.warn(
+            f"the outputs are probabilities, all of which sum to {total:.3g}; expected logits, "
+            "from before the softmax. Give np.log(outputs.clip(1e-9)) instead.",
+            LogitsWarning,
+            stacklevel=4,
+        )
 
 
 def _check_finite(name: str, output: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 import impatient
-from impatient.errors import CostError, RecordingError, StorageError
+from impatient.errors import CostError, LogitsWarning, RecordingError, StorageError
 from impatient.files import is_file
 from impatient.provenance import fingerprint_bytes, provenance
 from impatient.table import Table, in_ms
@@ -295,26 +296,22 @@ def _recorded(
     # whole numbers are classes only where the task has some
     measured = targets.ndim == 1 and targets.dtype.kind in "iub" and not task.is_logits
     truth = read_targets(targets.astype("float32") if measured else targets, split)
-    recording = impatient.Recording.of(
-        outputs, truth, split=split, task=task, exits=exits, provenance=made
-    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", LogitsWarning)
+            recording = impatient.Recording.of(
+                outputs, truth, split=split, task=task, exits=exits, provenance=made
+            )
+    except LogitsWarning as error:
+        raise RecordingError(f"{split}: {error}") from error
     if task.is_logits:
-        _check_are_logits(recording)
+        _say_what_is_absent(recording)
     return recording
 
 
-def _check_are_logits(recording: impatient.Recording) -> None:
-    """Refuse probabilities, whose softmax looks unsure whatever they are."""
+def _say_what_is_absent(recording: impatient.Recording) -> None:
+    """Note classes that no sample has."""
     logits = recording.logits()
-    sums = logits.sum(-1)
-    total = sums.flatten()[0]
-    alike = bool(((sums - total).abs() < 1e-3 * total).all())
-    # The rows of one sample alone are always alike.
-    if bool((logits >= 0).all()) and alike and (len(recording) > 1 or abs(total - 1) < 1e-3):
-        raise RecordingError(
-            f"{recording.split}: the outputs are probabilities, all of which sum to {total:.3g}; "
-            "expected logits, from before the softmax. Save np.log(outputs.clip(1e-9)) instead."
-        )
     absent = logits.shape[-1] - len(recording.labels.unique())
     if absent:
         log.info(
