@@ -212,7 +212,7 @@ class Recording(Stored, made_by="`impatient record`"):
         Raises:
             RecordingError: if there are not as many names as samples.
         Example:
-            >>> logits = torch.eye(2)[None]
+            >>> logits = 3.0 * torch.eye(2)[None]
             >>> found = Recording.of_splits(logits, torch.tensor([0, 0]), ["validation", "test"])
             >>> {name: recording.quality.tolist() for name, recording in found.items()}
             {'validation': [[1.0]], 'test': [[0.0]]}
