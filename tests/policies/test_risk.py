@@ -67,7 +67,7 @@ def test_losses_by_hand():
     differently.
     """
     answers = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 1, 2]])
-    outputs = torch.eye(3)[answers]
+    outputs = 3.0 * torch.eye(3)[answers]
     labels = torch.zeros(5, dtype=torch.long)
     expected = {
         "accuracy_gap": [0, -1, 1, 0, 0],
