@@ -325,12 +325,15 @@ def _check_logits(outputs: Any, labels: Any, exits: int) -> None:
 
 
 def _warn_of_probabilities(outputs: Float[Tensor, "K N C"]) -> None:
-    """Warn of shares or per cent in place of logits: a softmax makes the surest look unsure."""
+    """Warn of shares or per cent in place of logits: a softmax makes the surest look unsure.
+
+    Rows with a single number other than 0 may be either.
+    """
     sums = outputs.sum(-1)
     total = float(sums[0, 0])
     is_whole = min(abs(total - 1.0), abs(total / 100.0 - 1.0)) < 1e-3
     alike = is_whole and bool(((sums - total).abs() < 1e-3 * total).all())
-    if alike and bool((outputs >= 0).all()):
+    if alike and bool((outputs >= 0).all()) and bool((outputs > 0).sum(-1).gt(1).any()):
         warnings.warn(
             f"the outputs are probabilities, all of which sum to {total:.3g}; expected logits, "
             "from before the softmax. Give np.log(outputs.clip(1e-9)) instead.",
