@@ -44,10 +44,21 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def commit(checkout: Path = ROOT) -> str:
-    """Return the commit of a checkout, with "-dirty" if files were changed."""
-    command = ["git", "describe", "--always", "--dirty"]
-    described = subprocess.run(command, capture_output=True, text=True, cwd=checkout, check=False)
-    return described.stdout.strip() or "unknown"
+    """Return the commit of a checkout, with "-dirty" if its code was changed.
+
+    Pages are no code: a script that has just written one row of its page may write the next.
+    """
+    described = _git(checkout, "describe", "--always")
+    pages = (":(exclude)benchmarks/results", ":(exclude)docs")
+    changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", ".", *pages)
+    return (described or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(checkout: Path, *command: str) -> str:
+    """Return what a command of git prints, or nothing where it fails."""
+    called = ["git", *command]
+    ended = subprocess.run(called, capture_output=True, text=True, cwd=checkout, check=False)
+    return ended.stdout.strip()
 
 
 def facts() -> str:
