@@ -243,16 +243,17 @@ def class_files(folder: Path) -> list[tuple[Path, str]]:
     are named.
     """
     found: list[tuple[Path, str]] = []
-    others: Counter[str] = Counter()
+    others: list[Path] = []
     empty: list[str] = []
-    for label in _visible(folder):
-        inside = _files_in(label) if label.is_dir() else [label]
-        pictures = [
-            path for path in inside if label.is_dir() and path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        found += [(path, label.name) for path in pictures]
-        others.update(_suffix(path) for path in inside if path not in set(pictures))
-        empty += [label.name] if label.is_dir() and not pictures else []
+    for entry in _visible(folder):
+        if not entry.is_dir():
+            others.append(entry)
+            continue
+        pictures, rest = _pictures_and_others(entry)
+        found += [(path, entry.name) for path in pictures]
+        others += rest
+        if not pictures:
+            empty.append(entry.name)
     _say_others(folder, others)
     if empty:
         log.warning("%s: folders without pictures are no classes: %s", folder, ", ".join(empty))
@@ -264,19 +265,24 @@ def picture_files(folder: Path) -> list[Path]:
 
     Other files are counted and said.
     """
-    files = _files_in(folder)
-    found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    _say_others(folder, Counter(_suffix(path) for path in files if path not in set(found)))
+    found, others = _pictures_and_others(folder)
+    _say_others(folder, others)
     return found
 
 
-def _suffix(path: Path) -> str:
-    return path.suffix.lower() or "without suffix"
+def _pictures_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the image files in and below a folder, and the other files there."""
+    found: list[Path] = []
+    others: list[Path] = []
+    for path in _files_in(folder):
+        (found if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    return found, others
 
 
-def _say_others(folder: Path, others: Counter[str]) -> None:
+def _say_others(folder: Path, others: Sequence[Path]) -> None:
     if others:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        suffixes = Counter(path.suffix.lower() or "without suffix" for path in others)
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
         log.warning("%s: files that are no pictures of a class are left out: %s", folder, counts)
 
 
