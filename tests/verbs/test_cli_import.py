@@ -229,3 +229,28 @@ def test_the_likeliest_classes_are_counted_from_the_import_on(tmp_path: Path, ca
     right = (likeliest == arrays["targets"][200:, None]).any(-1).mean(1)
     quality = Recording.load(run / "recordings" / "test.safetensors").quality.mean(1)
     assert quality.tolist() == pytest.approx(right.tolist())
+
+
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [
+        ("regression", np.arange(400)[:, None] % 7 - 3),
+        ("multi_label", np.arange(400)[:, None] % 2),
+        ("binary", np.arange(400)[:, None] % 2 == 1),
+    ],
+)
+def test_a_column_of_whole_numbers_is_no_column_of_classes(
+    task: str, targets: np.ndarray, tmp_path: Path, call: Call
+) -> None:
+    # the last exit is right, the others are not
+    outputs = np.zeros((EXITS, 400, 1), dtype=np.float32)
+    right = targets.astype(np.float32)
+    outputs[-1] = right if task == "regression" else 20 * right - 10
+    outputs[:-1] = -50 * outputs[-1] - 1
+    arrays = {**classes(), "outputs": outputs, "targets": targets}
+    run = tmp_path / "run"
+    code, said = call("import", saved(tmp_path, arrays), "--into", run, *COSTS, "--task", task)
+    assert code == 0, said
+    quality = Recording.load(run / "recordings" / "test.safetensors").quality.mean(1)
+    assert float(quality[-1]) == pytest.approx(1.0)
+    assert (quality[:-1] < 0.5).all()

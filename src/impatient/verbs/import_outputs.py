@@ -294,7 +294,8 @@ def _recorded(
     from impatient.training.arrays import read_targets
 
     # whole numbers are classes only where the task has some
-    measured = targets.ndim == 1 and targets.dtype.kind in "iub" and not task.is_logits
+    one_each = targets.ndim < 3 and targets.size == len(targets)
+    measured = one_each and targets.dtype.kind in "iub" and not task.is_logits
     truth = read_targets(targets.astype("float32") if measured else targets, split)
     try:
         with warnings.catch_warnings():
