@@ -168,6 +168,11 @@ BAD: dict[str, tuple[Arrays, tuple[str, ...], str]] = {
         COSTS,
         r"probabilities, all of which sum to 100; .*np\.log",
     ),
+    "two tops": (
+        GOOD,
+        (*COSTS, "--task", "classification:top=2", "--top", "3"),
+        "--task classification:top=2 and --top 3; expected one of them",
+    ),
     "too few names": (GOOD, (*COSTS, "--exits", "a,b"), "names 2 exits for outputs of"),
     "a split twice": (
         spoilt(splits=np.where(np.arange(400) < 200, "val", "Validation")),

@@ -19,7 +19,7 @@ from impatient.table import Table, in_ms
 from impatient.verbs.compare import load_profile
 from impatient.verbs.imported import Imported, opened
 from impatient.verbs.notes import log
-from impatient.verbs.options import OFF, Flag, Names, Times, Top, VerbOptions, with_top
+from impatient.verbs.options import OFF, Flag, Names, Times, Top, VerbOptions, task_and_top
 from impatient.verbs.processes import alone
 from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
@@ -100,7 +100,7 @@ def import_outputs(options: ImportOptions) -> Taken:
     """
     run = RunDirectory(options.directory)
     _check_free(run, options)
-    task = impatient.tasks.named(with_top(options.task, options.top))
+    task = impatient.tasks.named(task_and_top(options.task, options.top))
     splits, class_names = _read(options.file)
     costs = _costs(options, exits=len(splits["validation"][0]))
     made = _origin(splits, costs)

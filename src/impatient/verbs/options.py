@@ -190,6 +190,18 @@ def with_top(task: str, top: int | None) -> str:
     return named(f"{kind}:top={top}").name
 
 
+def task_and_top(task: str, top: int | None) -> str:
+    """Name the task that --task and --top say together.
+
+    Raises:
+        TaskError: if they contradict each other.
+    """
+    both = with_top(task, top)
+    if top and ":" in task and both != task:
+        raise TaskError(f"--task {task} and --top {top}; expected one of them.")
+    return both
+
+
 def spare_a_core() -> None:
     """Leave one core to the rest of the machine, unless OMP_NUM_THREADS says how many to use.
 

@@ -40,7 +40,7 @@ from impatient.verbs.options import (
     VerbOptions,
     one_of,
     spare_a_core,
-    with_top,
+    task_and_top,
 )
 from impatient.verbs.processes import alone, is_first
 from impatient.verbs.replacing import discard_old, replaced
@@ -141,10 +141,7 @@ class TrainOptions(VerbOptions):
     @property
     def task_name(self) -> str:
         """What the outputs mean, with the number of classes that an answer may name."""
-        task = with_top(self.task, self.top)
-        if self.top and ":" in self.task and task != self.task:
-            raise TaskError(f"--task {self.task} and --top {self.top}; expected one of them.")
-        return task
+        return task_and_top(self.task, self.top)
 
     @property
     def rule(self) -> str | None:
