@@ -25,8 +25,8 @@ from impatient.training.pictures import (
     read_image,
     shown_as,
     size_of,
-    split_folders,
 )
+from impatient.training.split_names import split_folders
 from impatient.training.splitting import carved_out
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from impatient.errors import DataError
 from impatient.networks.transforms import Resizing, Transform
 from impatient.portable.pictures import PictureError, orientation, plain
 from impatient.training.options import DataOptions
+from impatient.training.split_names import visible
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,6 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif"),
     *(".ppm", ".pgm", ".tif", ".tiff", ".jpe", ".jp2", ".avif"),
 )
-TRAIN_NAMES = ("train", "training")
-# The first that is there is the test split.
-TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev")
 
 
 def read_image(
@@ -172,70 +169,6 @@ def _plain(image: Image.Image, channels: int, name: str) -> Image.Image:
         raise DataError(str(error)) from error
 
 
-def split_folders(root: Path) -> Mapping[str, Path]:
-    """Find the folders of the splits by their names.
-
-    Without a folder for training, the whole folder is for training. Folders that are left out are
-    said.
-
-    Raises:
-        DataError: if two folders could be the same split.
-    """
-    folders = {path.name: path for path in _visible(root) if path.is_dir()}
-    # A folder of pictures is a class, whatever it is called.
-    loose = [name for name, path in folders.items() if any(map(Path.is_dir, _visible(path)))]
-    names = split_names(folders, str(root), loose)
-    return {split: folders[name] for split, name in names.items()} or {"train": root}
-
-
-def split_names(names: Collection[str], where: str, loose: Collection[str]) -> Mapping[str, str]:
-    """Find which names are those of the training and the test split, if there are any.
-
-    They are the usual ones in any case, or hold one as a word, as seg_train and seg_test do. Those
-    that are left out are said.
-
-    Args:
-        names: names of folders, or of files without their suffix.
-        where: where they are, in errors.
-        loose: those that may hold the usual name as a word among others.
-    Raises:
-        DataError: if two of them could be the same split.
-    """
-    exact = {name: {name.lower()} for name in names}
-    words = {name: set(re.findall("[a-z]+", name.lower())) for name in loose}
-    train = _only(TRAIN_NAMES, exact, where)
-    if not train and any(own & set(TEST_NAMES) for own in (*exact.values(), *words.values())):
-        train = _only(TRAIN_NAMES, words, where)
-    words.pop(train, None)
-    test = _only(TEST_NAMES, exact, where) or _only(TEST_NAMES, words, where)
-    if not train or not (test or train.lower() in TRAIN_NAMES):
-        return {}
-    chosen = {split: name for split, name in (("train", train), ("test", test)) if name}
-    left = sorted(set(names) - set(chosen.values()))
-    if left:
-        log.warning(
-            "%s: %s; left out: %s",
-            where,
-            " and ".join(f"{name} is the {split} split" for split, name in chosen.items()),
-            ", ".join(left),
-        )
-    return chosen
-
-
-def _only(usual: Sequence[str], words: Mapping[str, set[str]], where: str) -> str:
-    """Give the name with one of the usual words, the first of them that is there, "" if none."""
-    # Training data have one name of two, test data may stand beside those for validation.
-    for kind in [usual] if usual == TRAIN_NAMES else [(word,) for word in usual]:
-        found = [name for name, own in words.items() if own & set(kind)]
-        if len(found) > 1:
-            raise DataError(
-                f"{where} has {' and '.join(found)}; expected one of them. Rename or join them."
-            )
-        if found:
-            return found[0]
-    return ""
-
-
 def class_files(folder: Path) -> list[tuple[Path, str]]:
     """List the image files of a split with their classes, which are the names of folders.
 
@@ -245,7 +178,7 @@ def class_files(folder: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     others: list[Path] = []
     empty: list[str] = []
-    for entry in _visible(folder):
+    for entry in visible(folder):
         if not entry.is_dir():
             others.append(entry)
             continue
@@ -298,15 +231,6 @@ def _below(folder: Path, above: Sequence[Path]) -> list[Path]:
     if here in above:
         return []
     files: list[Path] = []
-    for path in _visible(folder):
+    for path in visible(folder):
         files += _below(path, (*above, here)) if path.is_dir() else [path]
     return sorted(files)
-
-
-def _visible(folder: Path) -> list[Path]:
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"cannot read {folder}: {error.strerror or error}.") from error
-    # The second is what macOS leaves in archives.
-    return [path for path in entries if not path.name.startswith((".", "__MACOSX"))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from impatient.errors import DataError
 from impatient.training.options import DataOptions
-from impatient.training.pictures import split_names
+from impatient.training.split_names import split_names, visible
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def table_files(path: Path) -> Mapping[str, Path]:
             "folder with train and test as such files."
         )
     found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith("."):
+    for file in visible(path):
+        if file.suffix.lower() in SUFFIXES and file.is_file():
             if file.stem in found:
                 raise DataError(
                     f"{path} has {found[file.stem].name} and {file.name}; expected one of them. "

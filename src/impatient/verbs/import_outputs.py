@@ -35,7 +35,6 @@ EXPECTED = (
 )
 # what fit, evaluate and report read
 NEEDED = ("validation", "test")
-USUAL = {"val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +173,11 @@ def _check_free(run: RunDirectory, options: ImportOptions) -> None:
 def _read(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
     """Read outputs and targets of every split, and the names of classes."""
     from impatient.training.arrays import read_archive, read_names
+    from impatient.training.split_names import usual_split
 
     arrays = read_archive(path.expanduser(), EXPECTED)
     given = _named_splits(arrays, path) if "splits" in arrays else _prefixed_splits(arrays)
-    found = {USUAL.get(name.lower(), name.lower()): part for name, part in given.items()}
+    found = {usual_split(name): part for name, part in given.items()}
     if len(found) < len(given):
         raise RecordingError(
             f"{path} has the splits {', '.join(given)}, two of which mean the same; expected one "
