@@ -762,6 +762,17 @@ def test_tables_that_are_left_out_are_said(hub, tmp_path, caplog):
     assert "test is the test split; left out: validation" in caplog.text
 
 
+def test_tables_have_the_usual_names_of_splits(hub, tmp_path, caplog):
+    tables = {"Train": table(hub, 20), "dev": table(hub, 4), "extra": table(hub, 6)}
+    assert load_data(on_disk(hub, tmp_path, **tables)).size("test") == 4
+    assert "Train is the train split and dev is the test split; left out: extra" in caplog.text
+
+
+def test_tables_beside_a_single_train_are_said_to_be_left_out(hub, tmp_path, caplog):
+    load_data(on_disk(hub, tmp_path, train=table(hub, 20), unsupervised=table(hub, 6)))
+    assert "train is the train split; left out: unsupervised" in caplog.text
+
+
 def test_without_a_test_table_a_fifth_is_carved_out_whatever_the_seed(hub, tmp_path):
     spec = on_disk(hub, tmp_path, train=table(hub, 20))
     one = load_data(spec)

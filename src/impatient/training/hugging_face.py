@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from impatient.training.examples import Raw
 from impatient.training.folders import lazy_pictures
 from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
 from impatient.training.pictures import hash_of_file, image_tensor, shown_as, shown_size
+from impatient.training.split_names import split_names
 from impatient.training.text import TEXT_OPTIONS, from_tables
 from impatient.training.text_tables import Table, choose_columns
-
-log = logging.getLogger(__name__)
 
 
 def hugging_face(rest: str, transform: Transform | None = None) -> tuple[Raw, DataOptions]:
@@ -36,19 +34,17 @@ def hugging_face(rest: str, transform: Transform | None = None) -> tuple[Raw, Da
         tables = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:
         raise DataError(f"datasets cannot load {name!r}: {error}") from error
-    if "train" not in tables:
+    names = split_names(tables, name)
+    if not names:
         raise DataError(
             f"{name} has the splits {', '.join(tables) or 'none'}; expected train, and test or "
             "validation."
         )
-    if not {"test", "validation"} & tables.keys():
+    found = {split: tables[own] for split, own in names.items()}
+    if "test" not in found:
         # The test split must not change with the user's seed.
-        tables = tables["train"].train_test_split(test_size=0.2, seed=0)
-    train = tables["train"]
-    test = tables["test" if "test" in tables else "validation"]
-    others = tables.keys() - {"train", "test"}
-    if "test" in tables and others:
-        log.warning("%s: test is the test split; left out: %s", name, ", ".join(sorted(others)))
+        found = found["train"].train_test_split(test_size=0.2, seed=0)
+    train, test = found["train"], found["test"]
     if options.tokenizer:
         return _texts({"train": train, "test": test}, datasets, options, name), options
     if options.budget:
