@@ -13,7 +13,7 @@ from torch import Tensor
 
 from impatient.errors import DataError
 from impatient.provenance import fingerprint_bytes
-from impatient.training.examples import ArrayExamples, Raw, checked_budgets
+from impatient.training.examples import ArrayExamples, Raw, checked_budgets, class_numbers
 from impatient.training.layouts import as_input, as_numbers
 from impatient.training.options import DataOptions, read_options
 from impatient.trees import named_leaves
@@ -124,16 +124,8 @@ def _numbered(
     if any(each.dtype.kind not in "US" or each.ndim != 1 for each in labels.values()):
         return arrays, names
     written = {name: read_names(each) for name, each in labels.items()}
-    found = sorted({label for each in written.values() for label in each})
-    places = {label: place for place, label in enumerate(names or found)}
-    unknown = [label for label in found if label not in places]
-    if unknown:
-        raise DataError(f"{where}: the label {unknown[0]!r} is none of {', '.join(names)}.")
-    numbers = {
-        name: np.array([places[label] for label in each], np.int64)
-        for name, each in written.items()
-    }
-    return {**arrays, **numbers}, names or tuple(found)
+    names, numbers = class_numbers(written, names, where)
+    return {**arrays, **numbers}, names
 
 
 def _content(parts: Sequence[ArrayExamples], groups: np.ndarray | None) -> str:

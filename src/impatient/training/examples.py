@@ -6,7 +6,7 @@ import abc
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,6 +85,32 @@ def checked_budgets(values: Any, count: int, where: str) -> Tensor:
             "more."
         )
     return torch.from_numpy(budgets.astype(np.float64))
+
+
+def class_numbers(
+    labels: Mapping[str, Sequence[str]], class_names: Sequence[str], where: str
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Number labels that are names of classes.
+
+    Args:
+        labels: those of each part.
+        class_names: names of all classes in their order; empty for the order of the alphabet.
+        where: where the labels are, in errors.
+    Returns:
+        The names of the classes, and for each part its numbers, int64 [N].
+    Raises:
+        DataError: if a label is none of the names.
+    """
+    found = sorted({label for part in labels.values() for label in part})
+    names = tuple(class_names) or tuple(found)
+    places = {name: place for place, name in enumerate(names)}
+    unknown = [label for label in found if label not in places]
+    if unknown:
+        raise DataError(f"{where}: the label {unknown[0]!r} is none of {', '.join(names)}.")
+    numbers = {
+        name: np.array([places[label] for label in part], np.int64) for name, part in labels.items()
+    }
+    return names, numbers
 
 
 @dataclass(frozen=True, slots=True)

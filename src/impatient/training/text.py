@@ -21,6 +21,7 @@ from impatient.training.examples import (
     Indices,
     Raw,
     checked_budgets,
+    class_numbers,
     padded,
     rows_of,
 )
@@ -168,16 +169,8 @@ def _numbered(
     if len({isinstance(label, str) for label in found}) > 1:
         raise DataError(f"{where}: labels are names in one table and numbers in another.")
     if isinstance(next(iter(found)), str):
-        names = tuple(class_names) or tuple(sorted(found))
-        places = {name: place for place, name in enumerate(names)}
-        unknown = sorted(found - places.keys())
-        if unknown:
-            raise DataError(f"{where}: the label {unknown[0]!r} is none of {', '.join(names)}.")
-        numbers = {
-            split: np.array([places[label] for label in table.labels], np.int64)
-            for split, table in tables.items()
-        }
-        return names, numbers
+        labels = {split: table.labels for split, table in tables.items()}
+        return class_numbers(labels, class_names, where)
     numbers = {split: np.array(table.labels, np.int64) for split, table in tables.items()}
     most = max(int(part.max()) for part in numbers.values())
     if most > 1_000_000:
