@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,8 @@ def read_table(file: Path, options: DataOptions) -> Table:
         if suffix in JSON_SUFFIXES:
             return _json_lines(file, options)
         if suffix == ".parquet":
-            return _columns(arrow.parquet.read_table(file), options, str(file))
+            rows = arrow.parquet.read_table(file)
+            return _table(rows, choose_columns(rows.column_names, options, str(file)), options)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} holds text that is not UTF-8 ({error}); save the file as UTF-8."
@@ -129,14 +131,14 @@ def _separated(file: Path, options: DataOptions) -> Table:
     with arrow.csv.open_csv(file, read_options=read, parse_options=parse) as opened:
         texts, label = choose_columns(opened.schema.names, options, str(file))
     written = dict.fromkeys([*texts, label], arrow.string())
-    table = arrow.csv.read_csv(
+    rows = arrow.csv.read_csv(
         file,
         read_options=read,
         parse_options=parse,
         convert_options=arrow.csv.ConvertOptions(column_types=written),
     )
-    found = _columns(table, options, str(file))
-    return Table(texts=found.texts, labels=_as_meant(found.labels), budgets=found.budgets)
+    found = _table(rows, (texts, label), options)
+    return dataclasses.replace(found, labels=_as_meant(found.labels))
 
 
 def _separator(header: str, file: Path) -> str:
@@ -160,25 +162,26 @@ def _as_meant(labels: Sequence[str]) -> Sequence[str | int | float]:
 
 def _json_lines(file: Path, options: DataOptions) -> Table:
     arrow = _arrow()
-    table = arrow.json.read_json(file)
-    texts, label = choose_columns(table.column_names, options, str(file))
+    rows = arrow.json.read_json(file)
+    texts, label = choose_columns(rows.column_names, options, str(file))
     dates = [
-        name for name in (*texts, label) if arrow.types.is_temporal(table.schema.field(name).type)
+        name for name in (*texts, label) if arrow.types.is_temporal(rows.schema.field(name).type)
     ]
     if dates:
         # As they are written, not as the dates that they look like.
         schema = arrow.schema([(name, arrow.string()) for name in dates])
         parse = arrow.json.ParseOptions(explicit_schema=schema)
-        table = arrow.json.read_json(file, parse_options=parse)
-    return _columns(table, options, str(file))
+        rows = arrow.json.read_json(file, parse_options=parse)
+    return _table(rows, (texts, label), options)
 
 
-def _columns(table: Any, options: DataOptions, where: str) -> Table:
-    texts, label = choose_columns(table.column_names, options, where)
+def _table(rows: Any, chosen: tuple[Sequence[str], str], options: DataOptions) -> Table:
+    """Take the columns of text and of labels out of an Arrow table, and that of budgets."""
+    texts, label = chosen
     return Table(
-        texts=[table[name].to_pylist() for name in texts],
-        labels=table[label].to_pylist(),
-        budgets=table[options.budget].to_pylist() if options.budget else None,
+        texts=[rows[name].to_pylist() for name in texts],
+        labels=rows[label].to_pylist(),
+        budgets=rows[options.budget].to_pylist() if options.budget else None,
     )
 
 
