@@ -13,7 +13,7 @@ import impatient
 from impatient.errors import ModelSpecError, StorageError
 from impatient.files import is_file, write_text
 from impatient.verbs.evaluate import beside_eager, judged_as
-from impatient.verbs.imported import ImportedDirectory, opened
+from impatient.verbs.imported import opened
 from impatient.verbs.notes import log
 from impatient.verbs.options import (
     AnyProfile,
@@ -52,7 +52,7 @@ def report(options: ReportOptions) -> Path:
     use_threads(options.threads)
     run = opened(options.directory, trust=options.trust)
     if not is_file(run.evaluation_file):
-        if not isinstance(run, ImportedDirectory):
+        if run.has_network:
             # is it a run at all?
             run.spec()
         raise StorageError(
