@@ -2,6 +2,7 @@
 
 import csv
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 WORDS = [f"word{number}" for number in range(20)]
@@ -46,3 +47,10 @@ def rows(count: int, seed: int = 0, longest: int = 12) -> list[tuple[str, str]]:
 def save_csv(file: Path, made: list[tuple[str, str]]) -> None:
     with file.open("w", newline="") as opened:
         csv.writer(opened).writerows([("text", "label"), *made])
+
+
+def rewrite(file: Path, change: Callable[[str], str | bytes]) -> Path:
+    """Change the text or the bytes of a file."""
+    made = change(file.read_text())
+    file.write_bytes(made if isinstance(made, bytes) else made.encode())
+    return file

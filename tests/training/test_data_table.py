@@ -238,8 +238,7 @@ def written(change: Callable[[str], str | bytes]) -> Bring:
     def bring(folder: Path, said: str) -> Data:
         tokenizer = texts.save_tokenizer(folder / "tokenizer")
         texts.save_csv(folder / "table.csv", texts.rows(COUNT))
-        made = change((folder / "table.csv").read_text())
-        (folder / "table.csv").write_bytes(made if isinstance(made, bytes) else made.encode())
+        texts.rewrite(folder / "table.csv", change)
         said = ",".join([f"tokenizer={tokenizer}", *([said] if said else [])])
         return read(f"text:{folder / 'table.csv'}", said)
 

@@ -126,10 +126,7 @@ def test_damaged_and_unknown_tables_are_refused(tmp_path, tokenizer) -> None:
 
 def rewritten(folder: Path, change) -> Path:
     """Write a table of comma-separated values, with its text or bytes changed."""
-    table = save(folder / "table.csv", columns())
-    made = change(table.read_text())
-    table.write_bytes(made if isinstance(made, bytes) else made.encode())
-    return table
+    return texts.rewrite(save(folder / "table.csv", columns()), change)
 
 
 def test_tables_of_spreadsheets_give_the_same_data(tmp_path, tokenizer, caplog) -> None:
