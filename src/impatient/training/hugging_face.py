@@ -34,7 +34,7 @@ def hugging_face(rest: str, transform: Transform | None = None) -> tuple[Raw, Da
         tables = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:
         raise DataError(f"datasets cannot load {name!r}: {error}") from error
-    names = split_names(tables, name)
+    names = split_names(tables, name, loose=lambda _: False)
     if not names:
         raise DataError(
             f"{name} has the splits {', '.join(tables) or 'none'}; expected train, and test or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from pathlib import Path
 
 from impatient.errors import DataError
@@ -20,6 +20,7 @@ USUAL = {
 # may stand beside those for validation: the first that is there is the test split.
 TRAIN_NAMES = (frozenset(USUAL["train"]),)
 TEST_NAMES = tuple(frozenset({name}) for name in (*USUAL["test"], *USUAL["validation"]))
+ANY_NAME = frozenset(name for names in USUAL.values() for name in names)
 
 
 def usual_split(name: str) -> str:
@@ -38,14 +39,17 @@ def split_folders(root: Path) -> Mapping[str, Path]:
         DataError: if two folders could be the same split.
     """
     folders = {path.name: path for path in visible(root) if path.is_dir()}
+
+    def holds_folders(name: str) -> bool:
+        return any(map(Path.is_dir, visible(folders[name])))
+
     # A folder of pictures is a class, whatever it is called.
-    loose = [name for name, path in folders.items() if any(map(Path.is_dir, visible(path)))]
-    names = split_names(folders, str(root), loose)
+    names = split_names(folders, str(root), loose=holds_folders)
     return {split: folders[name] for split, name in names.items()} or {"train": root}
 
 
 def split_names(
-    names: Collection[str], where: str, loose: Collection[str] = ()
+    names: Collection[str], where: str, *, loose: Callable[[str], bool]
 ) -> Mapping[str, str]:
     """Find which names are those of the training and the test split, if there are any.
 
@@ -55,12 +59,14 @@ def split_names(
     Args:
         names: names of folders, of files without their suffix, or of tables.
         where: where they are, in errors.
-        loose: those that may hold the usual name as a word among others.
+        loose: whether a name may be that of a split for holding a usual one as a word; it is asked
+            of such names alone.
     Raises:
         DataError: if two of them could be the same split.
     """
     exact = {name: {name.lower()} for name in names}
-    words = {name: set(re.findall("[a-z]+", name.lower())) for name in loose}
+    held = {name: ANY_NAME.intersection(re.findall("[a-z]+", name.lower())) for name in names}
+    words = {name: own for name, own in held.items() if own and loose(name)}
     train = _only(TRAIN_NAMES, exact, where)
     is_exact = bool(train)
     if not is_exact and any(_holding(kind, each) for kind in TEST_NAMES for each in (exact, words)):

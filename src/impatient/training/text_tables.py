@@ -61,7 +61,7 @@ def table_files(path: Path) -> Mapping[str, Path]:
                     "Rename or join them."
                 )
             found[file.stem] = file
-    splits = split_names(found, str(path), list(found))
+    splits = split_names(found, str(path), loose=lambda _: True)
     if not splits:
         raise DataError(
             f"{path} has the tables {', '.join(found) or 'none'}; expected one named train, and "
