@@ -93,11 +93,17 @@ def test_a_name_that_is_not_there_lists_what_is() -> None:
 # --- logits ---------------------------------------------------------------------------------------
 
 
+class PerCent(nn.Module):
+    def forward(self, shares: Tensor) -> Tensor:
+        return 100 * shares
+
+
 @pytest.mark.parametrize(
     ("end", "word"),
     [
         ([nn.Linear(8, 1)], "one output column"),
         ([nn.Linear(8, 4), nn.Softmax(1)], "look like probabilities"),
+        ([nn.Linear(8, 4), nn.Softmax(1), PerCent()], "rows that sum to 100"),
     ],
 )
 def test_outputs_that_are_no_logits_are_noticed(end: list[nn.Module], word: str) -> None:

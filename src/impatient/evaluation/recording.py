@@ -30,7 +30,7 @@ from impatient.provenance import Provenance
 from impatient.provenance import provenance as made_now
 from impatient.store import Stored
 from impatient.tasks import Task, is_classification, named
-from impatient.tasks.classification import check_labels, check_top
+from impatient.tasks.classification import check_labels, check_top, sum_of_shares
 from impatient.trees import leaves, map_leaves, size
 
 
@@ -325,18 +325,15 @@ def _check_logits(outputs: Any, labels: Any, exits: int) -> None:
 
 
 def _warn_of_probabilities(outputs: Float[Tensor, "K N C"]) -> None:
-    """Warn of shares or per cent in place of logits: a softmax makes the surest look unsure.
+    """Warn of probabilities or per cent in place of logits.
 
     Rows with a single number other than 0 may be either.
     """
-    sums = outputs.sum(-1)
-    total = float(sums[0, 0])
-    is_whole = min(abs(total - 1.0), abs(total / 100.0 - 1.0)) < 1e-3
-    alike = is_whole and bool(((sums - total).abs() < 1e-3 * total).all())
-    if alike and bool((outputs >= 0).all()) and bool((outputs > 0).sum(-1).gt(1).any()):
+    whole = sum_of_shares(outputs)
+    if whole is not None and bool((outputs > 0).sum(-1).gt(1).any()):
         warnings.warn(
-            f"the outputs are probabilities, all of which sum to {total:.3g}; expected logits, "
-            "from before the softmax. Give np.log(outputs.clip(1e-9)) instead.",
+            f"the outputs are probabilities, all of which sum to {whole:g}; expected logits, from "
+            "before the softmax. Give np.log(outputs.clip(1e-9)) instead.",
             LogitsWarning,
             stacklevel=4,
         )

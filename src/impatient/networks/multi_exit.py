@@ -46,6 +46,7 @@ from impatient.networks.heads import (
 )
 from impatient.networks.stages import Cut, StagedRun, Stages, install, tapped
 from impatient.tasks import Task, named
+from impatient.tasks.classification import sum_of_shares
 
 log = logging.getLogger(__name__)
 # as transformers call it; an input may do without
@@ -409,11 +410,11 @@ def _warn_of_no_logits(output: Tensor) -> None:
             LogitsWarning,
             stacklevel=3,
         )
-    elif bool((output >= 0).all()) and bool(((output.double().sum(1) - 1).abs() < 1e-3).all()):
+    elif (whole := sum_of_shares(output)) is not None:
         warnings.warn(
             "the backbone's outputs on the example look like probabilities (not negative, rows "
-            "that sum to 1); expected logits. A softmax is applied on top, so that its sure "
-            "answers look unsure. Let the model return logits: leave out its last softmax.",
+            f"that sum to {whole:g}); expected logits. A softmax is applied on top, so that its "
+            "sure answers look unsure. Let the model return logits: leave out its last softmax.",
             LogitsWarning,
             stacklevel=3,
         )

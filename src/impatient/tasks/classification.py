@@ -108,6 +108,23 @@ def distance(output: Float[Tensor, "B C"], other: Float[Tensor, "B C"]) -> Float
     return (output.float().softmax(-1) - other.float().softmax(-1)).abs().sum(-1) / 2
 
 
+def sum_of_shares(outputs: Float[Tensor, "*B C"]) -> float | None:
+    """Return what all rows sum to if they are probabilities or per cent, else None.
+
+    A softmax on top of these makes the surest answers look unsure.
+
+    Example:
+        >>> sum_of_shares(torch.tensor([[25.0, 75.0]])), sum_of_shares(torch.tensor([[-1.0, 2.0]]))
+        (100.0, None)
+    """
+    # without a table as large as the outputs
+    sums = outputs.sum(-1, dtype=torch.float32)
+    for whole in (1.0, 100.0):
+        if sums.numel() and bool(((sums - whole).abs() < 1e-3 * whole).all()):
+            return whole if float(outputs.min()) >= 0.0 else None
+    return None
+
+
 def check_labels(labels: Int[Tensor, "N"], classes: int) -> None:
     """Raise RecordingError unless every label is one of the classes."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
