@@ -293,3 +293,11 @@ def test_probabilities_in_place_of_logits_are_noticed() -> None:
         Recording.of(100 * outputs, labels, split="test")
     Recording.of(outputs.log(), labels, split="test")
     Recording.of(2.0 * outputs, labels, split="test")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "task"), [(torch.zeros(0, 5, 3), "classification"), ([], "regression")]
+)
+def test_outputs_of_no_exits_are_refused(outputs: Tensor | list[Tensor], task: str) -> None:
+    with pytest.raises(RecordingError, match="outputs of no exits"):
+        Recording.of(outputs, torch.zeros(5, dtype=torch.long), split="test", task=task)

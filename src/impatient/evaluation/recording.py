@@ -175,9 +175,11 @@ class Recording(Stored, made_by="`impatient record`"):
         names = tuple(exits) or tuple(f"exit {exit}" for exit in range(len(outputs)))
         if task.is_logits:
             _check_logits(outputs, targets, len(names))
+        if len(outputs) == 0:
+            raise RecordingError("outputs of no exits; expected those of at least one.")
         for name, output in zip(names, outputs, strict=False):
             _check_finite(name, output)
-        tables = Tables(task, size(outputs[0]) if len(outputs) else 0)
+        tables = Tables(task, size(outputs[0]))
         tables.add(outputs, targets)
         quality, scores, statistics = tables.joined()
         kept = outputs if keep_outputs and isinstance(outputs, Tensor) else None
