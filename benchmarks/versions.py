@@ -209,17 +209,18 @@ def main(arguments: list[str]) -> None:
         for worker in (old, new, again):
             worker.process.kill()
     rows: list[Row] = []
+    commits = {"old": commit(old_checkout), "new": commit()}
     for name, columns in ratios.items():
         intervals = {column: with_interval(values, 3) for column, values in columns.items()}
-        rows.append({"call": name, "rounds": rounds, **intervals, "new": commit()})
+        rows.append({"call": name, "rounds": rounds, **intervals, **commits})
         print(rows[-1], flush=True)
     if not asked.smoke:
         with (RESULTS / "versions.csv").open(encoding="utf-8") as file:
             kept = [row for row in csv.DictReader(file) if row["call"] not in ratios]
         rows = [*kept, *rows]
         text = (__doc__ or "").partition("Three processes")
-        page = f"{text[1]}{text[2]}\n\nOld: commit {commit(old_checkout)}."
-        write_results("versions", "The same calls with the code of two commits", page, rows)
+        title = "The same calls with the code of two commits"
+        write_results("versions", title, f"{text[1]}{text[2]}", rows)
 
 
 if __name__ == "__main__":
