@@ -1,6 +1,6 @@
 """Several replicas behind one front: which is asked, what is carried, and what if one is lost.
 
-The replicas are real services in this process; `test_ray.py` has them in processes of Ray.
+The replicas are real services in this process; benchmarks/ray_cluster.py has them in Ray's.
 """
 
 import asyncio
@@ -120,6 +120,14 @@ async def events_of(front, **options):
     answers = front.answers("net", INPUTS, arrival=front.clock.now(), **options)
     async with contextlib.aclosing(answers) as events:
         return [event async for event in events]
+
+
+async def asked_and_held(front, exit: int, *networks: Gated, **options):
+    """Ask, and hold networks still before an exit: the asking, and an event that lets them go on."""
+    held, begun = hold(exit, *networks)
+    asking = asyncio.ensure_future(events_of(front, **options))
+    await asyncio.to_thread(begun.wait, 20)
+    return asking, held
 
 
 def model_of(first_s: float) -> ServedModel:
@@ -264,9 +272,7 @@ def test_a_stream_whose_replica_is_lost_goes_on_where_it_was() -> None:
     networks = [Gated(), Gated()]
 
     async def asked(front):
-        held, begun = hold(2, *networks)
-        streaming = asyncio.ensure_future(events_of(front, streamed=True))
-        await asyncio.to_thread(begun.wait, 20)
+        streaming, held = await asked_and_held(front, 2, *networks, streamed=True)
         (name,) = front.fleet.asked
         gone = front.fleet.lose(name)
         held.set()
@@ -283,9 +289,7 @@ def test_a_replica_that_refuses_leaves_the_request_to_another_once() -> None:
     networks = [Gated(), Gated()]
 
     async def asked(front):
-        held, begun = hold(0, *networks)
-        first = asyncio.ensure_future(events_of(front))
-        await asyncio.to_thread(begun.wait, 20)
+        first, held = await asked_and_held(front, 0, *networks)
         (busy,) = front.fleet.asked
         # it is taken to be the best all the same: others' requests are not seen here
         front.fleet.backlog = Backlog({busy: {"net": model_of(1e-4)}})
@@ -359,9 +363,7 @@ def test_a_caller_that_goes_frees_its_place_on_the_replica() -> None:
     network = Gated()
 
     async def asked(front):
-        held, begun = hold(1, network)
-        caller = asyncio.ensure_future(events_of(front))
-        await asyncio.to_thread(begun.wait, 20)
+        caller, held = await asked_and_held(front, 1, network)
         caller.cancel()
         await asyncio.wait({caller})
         held.set()
@@ -375,9 +377,7 @@ def test_a_full_front_refuses() -> None:
     network = Gated()
 
     async def asked(front):
-        held, begun = hold(0, network)
-        first = asyncio.ensure_future(events_of(front))
-        await asyncio.to_thread(begun.wait, 20)
+        first, held = await asked_and_held(front, 0, network)
         second = await events_of(front)
         unread = front.refusal_unread("net", arrival=front.clock.now(), most_s=None)
         held.set()

@@ -20,7 +20,7 @@ from impatient.errors import ServingError
 from impatient.serving.heartbeat import Heartbeat
 from impatient.serving.metrics import BUCKETS_S, Counters, text_of
 from impatient.serving.model import ServedModel
-from impatient.serving.scheduler import Refuse, Why
+from impatient.serving.scheduler import Refuse, Request, Why
 from impatient.serving.tensors import Inputs, InputSpec
 
 # A network that has not come back so long after a deadline is taken to hang.
@@ -162,7 +162,6 @@ class BaseService(abc.ABC):
     def end(self) -> None:
         """Give all requests the answers they have."""
 
-    @abc.abstractmethod
     def answers(
         self,
         model: str,
@@ -189,6 +188,23 @@ class BaseService(abc.ABC):
             streamed: give every exit's answer.
             gone: done when the caller has gone; then no more answers come.
         """
+        budget_s = min(budget_s or self.limits.default_s, self.limits.most_s)
+        request = Request(
+            id=next(self._numbers),
+            model=model,
+            deadline=arrival + budget_s,
+            arrival=arrival,
+            rows=len(next(iter(inputs.values()))),
+            priority=priority,
+            best_effort=best_effort,
+        )
+        return self._answers(request, inputs, streamed, gone)
+
+    @abc.abstractmethod
+    def _answers(
+        self, request: Request, inputs: Inputs, streamed: bool, gone: asyncio.Future[None] | None
+    ) -> AsyncGenerator[Answered | Refuse]:
+        """Give what `answers` gives for a request."""
 
     @abc.abstractmethod
     def _why_unread(self, model: str, deadline: float, now: float) -> Why | None:
@@ -238,11 +254,9 @@ class BaseService(abc.ABC):
             await asyncio.sleep(0.01)
         return not self._open
 
-    def _count(
-        self, model: str, event: Answered | Refuse, *, budget_s: float, elapsed_s: float
-    ) -> None:
+    def _count(self, request: Request, event: Answered | Refuse, elapsed_s: float) -> None:
         """Count a reply."""
-        counters = self.counters[model]
+        counters = self.counters[request.model]
         exit = -1
         in_time = False
         if isinstance(event, Refuse):
@@ -254,7 +268,8 @@ class BaseService(abc.ABC):
             counters.elapsed_s += elapsed_s
             for place, bound in enumerate(BUCKETS_S):
                 counters.buckets[place] += elapsed_s <= bound
-        self.recent.append((self.clock.now(), budget_s, elapsed_s, exit, in_time, model))
+        budget_s = request.deadline - request.arrival
+        self.recent.append((self.clock.now(), budget_s, elapsed_s, exit, in_time, request.model))
 
     def metrics(self) -> str:
         """Write all counts in the text format of Prometheus."""

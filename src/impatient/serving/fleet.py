@@ -336,33 +336,13 @@ class FleetService(BaseService):
             return "queue full"
         return "too late" if now >= deadline else None
 
-    async def answers(
-        self,
-        model: str,
-        inputs: Inputs,
-        *,
-        arrival: float,
-        budget_s: float | None = None,
-        priority: int = 0,
-        best_effort: bool = False,
-        streamed: bool = False,
-        gone: asyncio.Future[None] | None = None,
+    async def _answers(
+        self, request: Request, inputs: Inputs, streamed: bool, gone: asyncio.Future[None] | None
     ) -> AsyncGenerator[Answered | Refuse]:
-        budget_s = min(budget_s or self.limits.default_s, self.limits.most_s)
-        request = Request(
-            id=next(self._numbers),
-            model=model,
-            deadline=arrival + budget_s,
-            arrival=arrival,
-            rows=len(next(iter(inputs.values()))),
-            priority=priority,
-            best_effort=best_effort,
-        )
         why = self._why_not(request.deadline, self.clock.now())
         if why is not None:
             refused = Refuse(request=request.id, why=why, retry_after_s=1.0)
-            elapsed_s = self.clock.now() - arrival
-            self._count(model, refused, budget_s=budget_s, elapsed_s=elapsed_s)
+            self._count(request, refused, self.clock.now() - request.arrival)
             yield refused
             return
         ask = Ask(request=request, inputs=inputs, streamed=streamed)
@@ -373,8 +353,7 @@ class FleetService(BaseService):
                 async for event in events:
                     replied = isinstance(event, Refuse) or bool(event.stopped_by)
                     if replied:
-                        elapsed_s = self.clock.now() - arrival
-                        self._count(model, event, budget_s=budget_s, elapsed_s=elapsed_s)
+                        self._count(request, event, self.clock.now() - request.arrival)
                     yield event
                     if replied:
                         return
@@ -382,7 +361,7 @@ class FleetService(BaseService):
             pass
         finally:
             self._waiting -= 1
-            self.counters[model].cancelled += not replied
+            self.counters[request.model].cancelled += not replied
 
     async def _asked(
         self, ask: Ask, gone: asyncio.Future[None] | None

@@ -206,28 +206,9 @@ class Service(BaseService):
             return "overloaded"
         return self.scheduler.refusal_unread(model, deadline, now)
 
-    async def answers(
-        self,
-        model: str,
-        inputs: Inputs,
-        *,
-        arrival: float,
-        budget_s: float | None = None,
-        priority: int = 0,
-        best_effort: bool = False,
-        streamed: bool = False,
-        gone: asyncio.Future[None] | None = None,
+    async def _answers(
+        self, request: Request, inputs: Inputs, streamed: bool, gone: asyncio.Future[None] | None
     ) -> AsyncGenerator[Answered | Refuse]:
-        budget_s = min(budget_s or self.limits.default_s, self.limits.most_s)
-        request = Request(
-            id=next(self._numbers),
-            model=model,
-            deadline=arrival + budget_s,
-            arrival=arrival,
-            rows=len(next(iter(inputs.values()))),
-            priority=priority,
-            best_effort=best_effort,
-        )
         call = _Call(request, inputs, streamed)
         self._calls[request.id] = call
         if gone is not None:
@@ -242,8 +223,8 @@ class Service(BaseService):
                     return
         finally:
             # The scheduler refuses a model that there is not.
-            if not call.replied and model in self.counters:
-                self.counters[model].cancelled += 1
+            if not call.replied and request.model in self.counters:
+                self.counters[request.model].cancelled += 1
                 self._tell(functools.partial(self.scheduler.cancelled, request.id))
                 self._forget(call)
             del self._calls[request.id]
@@ -409,8 +390,7 @@ class Service(BaseService):
             )
         else:
             raise ServingError(f"{action} is for a request that no exit has answered.")
-        budget_s = call.request.deadline - call.request.arrival
-        self._count(call.request.model, event, budget_s=budget_s, elapsed_s=elapsed_s)
+        self._count(call.request, event, elapsed_s)
         call.put(event)
         self._forget(call)
 
