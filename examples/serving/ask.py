@@ -8,10 +8,12 @@ Needs tritonclient[http,grpc].
 
 import argparse
 import queue
+import sys
 
 import numpy as np
 import tritonclient.grpc as rpc
 import tritonclient.http as http
+from tritonclient.utils import InferenceServerException
 
 
 def zeros(module, told):
@@ -61,12 +63,24 @@ def ask_for_every_exit(address, model, deadline_ms):
                 return
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--http", default="localhost:8000")
     parser.add_argument("--grpc", default="localhost:8001")
     parser.add_argument("--model", default="impatient-demo")
     parser.add_argument("--deadline-ms", type=float, default=50.0)
     args = parser.parse_args()
-    ask_once(args.http, args.model, args.deadline_ms)
-    ask_for_every_exit(args.grpc, args.model, args.deadline_ms)
+    try:
+        ask_once(args.http, args.model, args.deadline_ms)
+        ask_for_every_exit(args.grpc, args.model, args.deadline_ms)
+    except ConnectionRefusedError:
+        sys.exit(f"no server at {args.http}; start one with: impatient serve DIR --grpc-port 8001")
+    except InferenceServerException as error:
+        # what a server says, or that there is none
+        unreachable = error.status() == "StatusCode.UNAVAILABLE"
+        start = f"nothing answers over gRPC at {args.grpc}; start the server with --grpc-port 8001"
+        sys.exit(start if unreachable else str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -103,10 +103,25 @@ def test_the_command_of_the_pages_asks_the_server(server, page) -> None:
     assert reply["parameters"]["n_exits"] == 3
 
 
-def test_the_examples_ask_the_server(server, capsys) -> None:
+@pytest.mark.parametrize(
+    ("http", "model", "said"),
+    [
+        (None, "digits", "nothing answers over gRPC at localhost:1; start the server with --grpc"),
+        (None, "letters", "no model 'letters'; there are: digits"),
+        ("localhost:1", "digits", "no server at localhost:1; start one with: impatient serve DIR"),
+    ],
+)
+def test_the_example_asks_the_server_or_says_what_is_missing(
+    server, capsys, monkeypatch, http, model, said
+) -> None:
     _process, port = server
-    runpy.run_path(str(EXAMPLES / "ask.py"))["ask_once"](f"localhost:{port}", "digits", 5000.0)
-    assert re.search(r"\d: exit \d of 2 after \d+\.\d ms, stopped by", capsys.readouterr().out)
+    address = http or f"localhost:{port}"
+    options = ["--http", address, "--grpc", "localhost:1", "--deadline-ms", "5000"]
+    monkeypatch.setattr(sys, "argv", ["ask.py", *options, "--model", model])
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        runpy.run_path(str(EXAMPLES / "ask.py"), run_name="__main__")
+    answered = re.search(r"\d: exit \d of 2 after \d+\.\d ms, stopped", capsys.readouterr().out)
+    assert bool(answered) is said.startswith("nothing answers over gRPC")
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -113,7 +113,7 @@ def profile(
                     if len(rounds) >= LEAST_REPEATS and clock.now() - begin > max_seconds:
                         break
             batches[size] = _batch_costs(rounds, network.num_exits)
-            _warn_if_noisy(batches[size].noise, size)
+        _warn_if_noisy(batches)
         joules = _measure_energy(network, one, energy, stopwatch) if energy else {}
     return CostProfile(
         exits=network.exit_names,
@@ -209,19 +209,28 @@ def _count(network: Network, x: Any) -> dict[str, Any]:
     }
 
 
-def _warn_if_noisy(noise: Noise | None, size: int) -> None:
-    if noise is not None and noise.too_noisy:
-        log.warning(
-            "the machine was too noisy to say anything at batch size %d: the same network against "
-            "itself took %.3f times as long (95 %% interval %.3f to %.3f; expected within 1 +- "
-            "%g). Stop what else is running, or allow more repeats, and measure again "
-            "(`impatient profile --force`).",
-            size,
-            noise.aa_ratio,
-            noise.aa_low,
-            noise.aa_high,
-            NOISE_LIMIT,
-        )
+def _warn_if_noisy(batches: Mapping[int, BatchCosts]) -> None:
+    """Warn once, with the numbers of the batch size that is worst."""
+    noisy = {
+        size: costs.noise
+        for size, costs in batches.items()
+        if costs.noise is not None and costs.noise.too_noisy
+    }
+    if not noisy:
+        return
+    worst = max(noisy, key=lambda size: noisy[size].aa_high - noisy[size].aa_low)
+    log.warning(
+        "the machine was too noisy to say anything at batch size %s: the same network against "
+        "itself took %.3f times as long at %d (95 %% interval %.3f to %.3f; expected within 1 +- "
+        "%g). Stop what else is running, or allow more repeats, and measure again (`impatient "
+        "profile --force`; `impatient serve` measures at every start).",
+        ", ".join(map(str, noisy)),
+        noisy[worst].aa_ratio,
+        worst,
+        noisy[worst].aa_low,
+        noisy[worst].aa_high,
+        NOISE_LIMIT,
+    )
 
 
 def _measure_energy(
