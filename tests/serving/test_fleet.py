@@ -123,7 +123,10 @@ async def events_of(front, **options):
 
 
 async def asked_and_held(front, exit: int, *networks: Gated, **options):
-    """Ask, and hold networks still before an exit: the asking, and an event that lets them go on."""
+    """Ask, and hold networks still before an exit.
+
+    Returns the asking, and an event that lets them go on.
+    """
     held, begun = hold(exit, *networks)
     asking = asyncio.ensure_future(events_of(front, **options))
     await asyncio.to_thread(begun.wait, 20)
