@@ -12,7 +12,7 @@ from impatient.errors import (
     StorageError,
     TaskError,
 )
-from impatient.evaluation import Recording, record
+from impatient.evaluation import Recording, batch_tables, record
 from impatient.evaluation.batch_tables import BatchTable
 from impatient.files import read_tensors, write_tensors
 from impatient.networks import MultiExitNetwork, attach_exits
@@ -238,6 +238,19 @@ def test_a_recording_in_which_every_answer_counts_as_right_is_refused():
 
 
 # --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_exits_judged_at_once_get_the_numbers_of_one_by_one(classes: int, monkeypatch) -> None:
+    made = torch.Generator().manual_seed(classes)
+    outputs = 4.0 * torch.randn(3, 37, classes, generator=made)
+    targets = torch.randint(classes, (37,), generator=made)
+    at_once = Recording.of(outputs, targets, split="test")
+    monkeypatch.setattr(batch_tables, "FEW", 0)
+    one_by_one = Recording.of(outputs, targets, split="test")
+    assert torch.equal(at_once.quality, one_by_one.quality)
+    for name, table in at_once.scores.items():
+        assert torch.equal(table, one_by_one.scores[name])
 
 
 def test_memory_of_a_recording_is_taken_once() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from torch import Tensor
 from impatient.errors import RecordingError
 from impatient.tasks import Task
 from impatient.tasks.task import AGREEMENT
+
+# quality, scores by name and statistics, of each exit
+Judged = tuple[Sequence[Tensor], Mapping[str, Sequence[Tensor]], Sequence[Any]]
+# numbers of a batch's logits up to which all exits are judged in one call
+FEW = 1 << 20
 
 
 class BatchTable:
@@ -76,8 +81,31 @@ class Tables:
         # None where the task has none.
         self._statistics = None if task.statistics is None else BatchTable(samples)
 
-    def add(self, outputs: Iterable[Any], targets: Any) -> None:
+    def add(self, outputs: Sequence[Any], targets: Any) -> None:
         """Judge one batch: the outputs of all exits, shallow to deep."""
+        judge = self._at_once if self._are_few(outputs, targets) else self._one_by_one
+        qualities, scores, statistics = judge(outputs, targets)
+        self._quality.add(qualities)
+        for name, rows in scores.items():
+            self._scores[name].add(rows)
+        if self._statistics is not None:
+            self._statistics.add(statistics)
+
+    def _are_few(self, outputs: Sequence[Any], targets: Any) -> bool:
+        """Tell whether these are few logits, alike in all exits."""
+        if not self._task.is_logits or any(each.shape != outputs[0].shape for each in outputs):
+            return False
+        return len(targets) == len(outputs[0]) and len(outputs) * outputs[0].numel() <= FEW
+
+    def _at_once(self, outputs: Sequence[Tensor], targets: Tensor) -> Judged:
+        """Judge all exits in one call, which is faster where a call is longer than its numbers."""
+        exits = len(outputs)
+        stacked = torch.cat(list(outputs))
+        quality, scores, statistics = self._task.tables(stacked, targets.repeat(exits))
+        tables = {name: table.chunk(exits) for name, table in scores.items()}
+        return quality.chunk(exits), tables, () if statistics is None else statistics.chunk(exits)
+
+    def _one_by_one(self, outputs: Sequence[Any], targets: Any) -> Judged:
         rows = []
         before: Any = None
         for output in outputs:
@@ -91,11 +119,8 @@ class Tables:
             before = output
             rows.append((quality, scores, statistics))
         qualities, scored, statistics_K = zip(*rows, strict=True)
-        self._quality.add(qualities)
-        for name in scored[0]:
-            self._scores[name].add([scores[name] for scores in scored])
-        if self._statistics is not None:
-            self._statistics.add(statistics_K)
+        tables = {name: [scores[name] for scores in scored] for name in scored[0]}
+        return qualities, tables, statistics_K
 
     def joined(self) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Return all tables, [K, N] and [K, N, S]."""

@@ -180,7 +180,7 @@ class Recording(Stored, made_by="`impatient record`"):
         for name, output in zip(names, outputs, strict=False):
             _check_finite(name, output)
         tables = Tables(task, size(outputs[0]))
-        tables.add(outputs, targets)
+        tables.add([*outputs], targets)
         quality, scores, statistics = tables.joined()
         kept = outputs if keep_outputs and isinstance(outputs, Tensor) else None
         return cls(
@@ -400,6 +400,7 @@ def record(
         )
     network.eval()
     keeps = task.is_logits if keep_outputs is None else keep_outputs
+    names = network.exit_names
     samples = data.size(split)
     tables = Tables(task, samples)
     outputs = BatchTable(samples)
@@ -416,7 +417,7 @@ def record(
         with torch.inference_mode(), begin(network, map_leaves(_to(device), inputs)) as run:
             for exit in run:
                 output = map_leaves(_as_recorded, exit.output())
-                _check_finite(f"{exit.index} ({network.exit_names[exit.index]})", output)
+                _check_finite(f"{exit.index} ({names[exit.index]})", output)
                 found.append(output)
                 answered[exit.index] += size(output)
                 if features:
@@ -446,7 +447,7 @@ def record(
         outputs=outputs.whole() if keeps else None,
         targets=targets.whole()[0] if keeps else None,
         split=split,
-        exits=network.exit_names,
+        exits=names,
         features=tuple(table.whole()[0] for table in kept) if features else (),
         provenance=made_now(
             data=data.fingerprint,
