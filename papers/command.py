@@ -54,6 +54,7 @@ def carry_out(
     scale: ScaleName,
     out: Path | None,
     publish: bool,
+    part: str = "",
 ) -> NoReturn:
     """Run what is missing, then write the tables of what is finished.
 
@@ -65,10 +66,12 @@ def carry_out(
         card: the paper's README.md, whose marks the page fills, but for smoke runs and other
             folders.
         publish: leave `run` out.
+        part: of the scale, with tables and marks of its own; by default all of it.
     Raises:
         SystemExit: always; its code says how it ended.
     """
     code = 0
+    name = f"{scale.value}-{part}" if part else scale.value
     try:
         if not publish:
             run()
@@ -79,9 +82,9 @@ def carry_out(
         say("Stopped. What is finished is kept; the same command goes on.")
         code = 130
     try:
-        page = write(out or card.parent / "results" / scale.value)
+        page = write(out or card.parent / "results" / name)
         if out is None and scale is not ScaleName.smoke:
-            fill(card, scale.value, page)
+            fill(card, name, page)
     except ImpatientError as error:
         say(f"Error: {error}")
         raise SystemExit(1) from error

@@ -54,13 +54,19 @@ def main(
         PositiveOrNone,
         tyro.conf.arg(help="How many divisions of a test split; by default the scale's."),
     ] = None,
+    case: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Selection on one data set alone, with tables of its own; by default everything."
+        ),
+    ] = None,
     publish: Publish = False,
 ) -> None:
     """Reproduce selection among networks, early exits and guarantees.
 
     Stop with Ctrl-C at any time. The same command continues.
     """
-    settings = recipe.SCALES[scale.value]
+    settings = _of_case(recipe.SCALES[scale.value], case)
     judging = dataclasses.replace(settings.judging, splits=seeds or settings.judging.splits)
     settings = dataclasses.replace(settings, judging=judging)
     folder = runs / scale.value
@@ -71,7 +77,19 @@ def main(
         scale=scale,
         out=out,
         publish=publish,
+        part=case or "",
     )
+
+
+def _of_case(scale: Scale, name: str | None) -> Scale:
+    """Leave selection on one data set, if one is named."""
+    if name is None:
+        return scale
+    cases = tuple(case for case in scale.cases if case.name == name)
+    if not cases:
+        known = ", ".join(case.name for case in scale.cases)
+        raise SystemExit(f"Error: no case {name!r} at this scale; there are {known}.")
+    return dataclasses.replace(scale, cases=cases, exits=())
 
 
 def _run(scale: Scale, folder: Path, table: Table, workers: int) -> None:

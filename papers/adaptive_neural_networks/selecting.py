@@ -71,7 +71,7 @@ def judge_split(
 
     Args:
         node_s: measured seconds of each network.
-        gate_s: measured seconds of one decision, by learner.
+        gate_s: measured seconds of one decision, by learner, and of a "threshold".
         seed: of the division.
     Returns:
         Rows of `read_off` and `drawn_curve` per method, of which "any, logistic" has all
@@ -79,7 +79,7 @@ def judge_split(
     """
     torch.manual_seed(seed)
     fit, judged = parts_of(recordings_of(case, folder.parent), seed)
-    found = baselines(fit, judged, node_s)
+    found = baselines(fit, judged, node_s, gate_s["threshold"])
     full = found["uniform"][-1]
     swept: dict[str, list[tuple[SelectionPoint, Point]]] = {}
     for topology in TOPOLOGIES:
@@ -127,19 +127,26 @@ def judge_split(
     }
 
 
-def baselines(fit: Recording, judged: Recording, node_s: Sequence[float]) -> dict[str, list[Point]]:
-    """Evaluate simple policies, of which "uniform" mixes single networks."""
+def baselines(
+    fit: Recording, judged: Recording, node_s: Sequence[float], threshold_s: float
+) -> dict[str, list[Point]]:
+    """Evaluate simple policies, of which "uniform" mixes single networks.
+
+    Args:
+        threshold_s: seconds of a threshold, paid after every network but the last.
+    """
     count = len(node_s)
+    asked_s = [*(seconds + threshold_s for seconds in node_s[:-1]), node_s[-1]]
 
     def both(route: Callable[[Recording], Route]) -> Point:
         return _point(fit, route(fit), judged, route(judged))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
-        fitted = [fit_chain_thresholds(fit, node_s, max_accuracy_loss=loss) for loss in ASKED]
+        fitted = [fit_chain_thresholds(fit, asked_s, max_accuracy_loss=loss) for loss in ASKED]
 
     def chain(policy: ThresholdPolicy) -> Point:
-        return both(lambda recording: chain_route(policy, recording.outputs, node_s))
+        return both(lambda recording: chain_route(policy, recording.outputs, asked_s))
 
     def single(node: int) -> Point:
         return both(lambda recording: single_route(node, len(recording.labels), node_s))

@@ -6,7 +6,9 @@ Policies are also run for real beside the full network. All calls take turns.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from impatient import CostProfile, Recording, Runner, profile
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient import CostProfile, Recording, Runner, ThresholdPolicy, profile
+from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.errors import NoEffectWarning
 from impatient.inputs import synchronise
 from impatient.networks.cascade import Cascade
@@ -75,7 +77,7 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
     """Measure all networks of a case, a decision, and a cascade run for real.
 
     Returns:
-        "costs", a profile; "node_s"; "gate_s" by learner; the networks "used"; and what `really`
+        "costs", a profile; "node_s"; "gate_s" by learner, and of a "threshold"; the networks "used"; and what `really`
         says of them.
     """
     device = _device()
@@ -87,6 +89,7 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
     recordings = recordings_of(case, folder.parent)
     fit, judged = parts_of(recordings, SEED)
     gate_s = {learner: decision_s(fit, node_s, learner) for learner in LEARNERS}
+    gate_s["threshold"] = threshold_s(fit)
     kept, policy = fastest(fit, node_s, timing.loss, gate_s["logistic"])
     part = (
         Cascade([networks[node] for node in kept], [case.names[node] for node in kept])
@@ -192,6 +195,15 @@ def decision_s(fit: Recording, node_s: Sequence[float], learner: Learner) -> flo
         if found.policy.decisions:
             return decision_time_s(found.policy, few)
     return 0.0
+
+
+def threshold_s(fit: Recording) -> float:
+    """Measure the mean seconds of a threshold, as a runner asks it about one sample."""
+    early = [0.9] * (len(fit.exits) - 1)
+    policy = ThresholdPolicy(score="max_probability", thresholds=(*early, -math.inf))
+    with torch.inference_mode():
+        ask = functools.partial(policy.stops_one, 0, fit.logits()[0, :1], None)
+        return statistics.fmean(times_of(ask, repeats=200, warm_up=20))
 
 
 def gate_seconds(fit: Recording, costs: CostProfile, inputs: Any, learner: Any) -> float:

@@ -306,7 +306,7 @@ def selected(tmp_path_factory) -> dict:
             exits=(net.name,),
             features=(torch.zeros(3000, 2),),
         ).save(runs / key(CASE, net) / "test.safetensors")
-    gates = {"logistic": 0.01, "boosting": 0.02}
+    gates = {"logistic": 0.01, "boosting": 0.02, "threshold": 0.005}
     return selecting.judge_split(CASE, (1.0, 3.0, 10.0), gates, FEW, 0, folder=runs / "policies")
 
 

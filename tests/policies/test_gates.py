@@ -366,6 +366,21 @@ def test_asking_a_gate_is_measured_and_closed_ones_take_nothing(inputs):
 
 
 @pytest.mark.parametrize("inputs", ["confidences", "features", "both"])
+def test_gates_are_measured_as_a_runner_asks_them(inputs, monkeypatch):
+    recording = with_features(drawn(200, seed=9))
+    policy = fit_gates(recording, COSTS, time_price=0.25, inputs=inputs)
+    asked = []
+
+    def stops_one(self, exit, output, pooled):
+        asked.append(exit)
+        return False
+
+    monkeypatch.setattr(GatePolicy, "stops_one", stops_one)
+    gate_time_s(policy, recording, repeats=2, warm_up=1)
+    assert asked == [exit for exit in range(3) for _ in range(3)]
+
+
+@pytest.mark.parametrize("inputs", ["confidences", "features", "both"])
 def test_asking_a_gate_is_measured_where_no_outputs_were_kept(inputs):
     recording = replace(with_features(drawn(200, seed=9)), outputs=None, targets=None)
     tables = replace(recording, task="regression")

@@ -289,7 +289,7 @@ def gate_time_s(
             inputs = gate_inputs(policy.inputs, pooled[exit], looks[exit][:1])
             return bool((policy.choice(exit, inputs) == STOP_ACTION).all())
         output = None if outputs is None else outputs[exit]
-        return bool(policy.stops(exit, output, pooled[exit]).all())
+        return policy.stops_one(exit, output, pooled[exit])
 
     found = [0.0] * len(policy.gates)
     for exit, gate in enumerate(policy.gates):
