@@ -77,8 +77,8 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
     """Measure all networks of a case, a decision, and a cascade run for real.
 
     Returns:
-        "costs", a profile; "node_s"; "gate_s" by learner, and of a "threshold"; the networks "used"; and what `really`
-        says of them.
+        "costs", a profile; "node_s"; "gate_s" by learner, and of a "threshold"; the networks
+        "used"; and what `really` says of them.
     """
     device = _device()
     data = recipe.data_of(case)
