@@ -13,6 +13,7 @@ from rich.console import Console
 
 from impatient.errors import ImpatientError, StorageError
 from impatient.provenance import own_version
+from impatient.terminal import rich_table, visible
 from impatient.verbs import (
     bench_serve,
     compare,
@@ -36,7 +37,7 @@ from impatient.verbs import (
     train,
     tune,
 )
-from impatient.verbs.notes import log, visible
+from impatient.verbs.notes import log
 from impatient.verbs.options import VerbOptions, spare_a_core
 from impatient.verbs.processes import is_first
 
@@ -238,8 +239,6 @@ def print_part(part: Table | str) -> None:
     if isinstance(part, str):
         print_text(out, part)
     else:
-        from impatient.verbs.terminal import rich_table
-
         out.print(rich_table(part, out.width))
 
 

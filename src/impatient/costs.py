@@ -235,7 +235,7 @@ class Comparison:
     verdict: Verdict
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CostProfile(Stored, made_by="`impatient profile`"):
     """Cost of every stage and head on one device and engine.
 
@@ -363,6 +363,14 @@ class CostProfile(Stored, made_by="`impatient profile`"):
             head_parameters=unknown,
             provenance=provenance or made_now(engine=GIVEN),
         )
+
+    def __repr__(self) -> str:
+        times = {
+            size: " ".join(f"{seconds * 1e3:.3g}" for seconds in self.contract_s(batch_size=size))
+            for size in self.batches
+        }
+        lines = "".join(f"\n  batch of {size}: {row} ms" for size, row in times.items())
+        return f"CostProfile of {self.num_exits} exits, mean time until each one's answer:{lines}"
 
     @property
     def num_exits(self) -> int:

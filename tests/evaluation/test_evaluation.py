@@ -110,6 +110,19 @@ def test_a_row_is_what_one_computes_by_hand(
     assert row.shares == pytest.approx(shares)
 
 
+def test_values_print_as_people_read_them(judged):
+    recording = hand_made()
+    lines = str(judged).splitlines()
+    for row in judged.rows:
+        (line,) = (line for line in lines if line.startswith(row.name))
+        assert f"{100 * row.accuracy.value:.1f}" in line
+    assert max(map(len, lines)) <= 100
+    for value in (judged, recording, COSTS):
+        assert len(repr(value)) < 300
+    assert "0.400, 0.400, 0.600" in repr(recording)
+    assert "1.5e+03 3.25e+03 6e+03 ms" in repr(COSTS)
+
+
 def test_calibration_errors_are_those_of_the_answers_given(judged):
     # every surety of exit 0 falls into a bin of its own; at exit 2, 0.95, 0.94 and all others do
     # too, but for none

@@ -11,7 +11,7 @@ import impatient
 from impatient.counting import StageFacts
 from impatient.evaluation.picture import network_svg, network_table, parts_of
 from impatient.networks import EANN, Cascade
-from impatient.verbs.terminal import rich_table
+from impatient.terminal import rich_table
 from recordings import costs_of
 from toys import Refiner
 

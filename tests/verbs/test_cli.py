@@ -24,9 +24,9 @@ from command_line import TINY, Call
 from fakes import wait_until
 from impatient.files import read_json, write_json, write_tensors
 from impatient.table import Table
+from impatient.terminal import rich_table
 from impatient.verbs.network_spec import save_weights
 from impatient.verbs.run_directory import RunDirectory
-from impatient.verbs.terminal import rich_table
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from impatient.evaluation import tables
 from impatient.evaluation.report import select_examples
 from impatient.files import read_json, write_json
 from impatient.table import Cell, Column, Table
+from impatient.terminal import rich_table
 from impatient.verbs.as_json import to_json
 from impatient.verbs.run_directory import RunDirectory
-from impatient.verbs.terminal import rich_table
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar10"
 

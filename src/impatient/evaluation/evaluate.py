@@ -29,6 +29,7 @@ from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
 from impatient.tasks import Task, is_classification, known
 from impatient.tasks.classification import top_of, top_probability
+from impatient.terminal import as_text
 
 # what one way to answer gets of each sample, under budgets
 ExpectedHits = Callable[[Budget | SampleBudgets], Tensor]
@@ -112,9 +113,9 @@ class StaticBaseline:
     macs: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Evaluation(Stored, made_by="`impatient evaluate`"):
-    """A judgement on one split.
+    """A judgement on one split; print it to see its table.
 
     Attributes:
         rows: exits, policies, networks without exits, oracle.
@@ -142,6 +143,15 @@ class Evaluation(Stored, made_by="`impatient evaluate`"):
                 f"accuracies under the budget {unknown[0]!r}, which is none of "
                 f"{', '.join(self.budgets)}; expected a distribution for each."
             )
+
+    def __repr__(self) -> str:
+        names = [row.name for row in self.rows]
+        return f"Evaluation(split={self.split!r}, samples={self.samples}, rows={names})"
+
+    def __str__(self) -> str:
+        from impatient.evaluation.tables import evaluation_table
+
+        return as_text(evaluation_table(self), rest="its rows have all")
 
     def of(self, kind: Kind) -> tuple[Row, ...]:
         """Return the rows of one kind."""

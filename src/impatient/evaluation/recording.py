@@ -56,7 +56,7 @@ class PaddedData(LabelledData, Protocol):
     ) -> Iterator[tuple[Any, Any]]: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Recording(Stored, made_by="`impatient record`"):
     """How good and how sure the answers of all exits are, on one split of one data set.
 
@@ -134,6 +134,13 @@ class Recording(Stored, made_by="`impatient record`"):
 
     def __len__(self) -> int:
         return self.quality.shape[1]
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{mean:.3f}" for mean in self.quality.mean(1))
+        return (
+            f"Recording(split={self.split!r}, task={self.task!r}, samples={len(self)}, "
+            f"mean quality of each exit: {means})"
+        )
 
     @classmethod
     def of(

@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
+import io
+import re
 import textwrap
 from typing import Literal
 
 import rich.table
 from rich import box
 from rich.cells import cell_len
+from rich.console import Console
 from rich.text import Text
 
 from impatient.table import Cell, Column, Table
-from impatient.verbs.notes import visible
 
+# Characters that a terminal obeys, turns around or cannot print; not line ends and tabs.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # spaces between two columns
 GAP = 2
 # a first column is folded rather than wider than this, where the terminal is narrow
 NARROW_NAMES = 24
 
 
-def rich_table(table: Table, width: int) -> rich.table.Table:
+def visible(text: str) -> str:
+    r"""Show the characters that would control a terminal, as JSON writes them.
+
+    Names in files of somebody else's may hold them.
+
+    Example:
+        >>> print(visible("ant\x1b[2J"))
+        ant\u001b[2J
+    """
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def as_text(table: Table, *, rest: str, width: int = 100) -> str:
+    """Draw a table without colours.
+
+    Args:
+        table: what is drawn.
+        rest: where the columns are that do not fit.
+        width: most characters of a line.
+    """
+    page = io.StringIO()
+    Console(file=page, width=width, color_system=None).print(rich_table(table, width, rest))
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+
+def rich_table(table: Table, width: int, rest: str = "--json has all") -> rich.table.Table:
     """Draw a table for a terminal of some width.
 
     Where it is too wide, details go below their cells and titles are folded; then optional columns
-    are left out, which a note below says; then names are folded.
+    are left out, which a note below says, with where the rest is; then names are folded.
     """
     shown = table.shown_in("terminal")
     if _width(shown, wide=True) <= width:
@@ -39,10 +68,11 @@ def rich_table(table: Table, width: int) -> rich.table.Table:
             break
         left_out.insert(0, _words(shown.columns[optional[-1]]))
         shown = shown.keep([k for k in range(len(shown.columns)) if k != optional[-1]])
-    return _drawn(shown, wide=False, left_out=left_out)
+    note = f"not shown at this width: {', '.join(left_out)}; {rest}" if left_out else None
+    return _drawn(shown, wide=False, note=note)
 
 
-def _drawn(table: Table, *, wide: bool, left_out: list[str] | None = None) -> rich.table.Table:
+def _drawn(table: Table, *, wide: bool, note: str | None = None) -> rich.table.Table:
     made = rich.table.Table(
         title=Text(visible(table.title), style="italic"),
         title_justify="left",
@@ -51,9 +81,7 @@ def _drawn(table: Table, *, wide: bool, left_out: list[str] | None = None) -> ri
         show_edge=False,
         pad_edge=False,
         padding=(0, GAP - 1, 0, 0),
-        caption=Text(f"not shown at this width: {', '.join(left_out)}; --json has all")
-        if left_out
-        else None,
+        caption=None if note is None else Text(note),
         caption_justify="left",
     )
     for index, title in enumerate(table.columns):
