@@ -45,7 +45,7 @@ from impatient.anytime import Exit, Network, Run
 from impatient.serving import messages
 from impatient.serving.app import App
 from impatient.serving.base import Limits
-from impatient.serving.connections import listening_socket, web_server
+from impatient.serving.connections import bound_socket, web_server
 from impatient.serving.model import ServedModel
 from impatient.serving.protocol import HEADER_LENGTH
 from impatient.serving.rpc import Rpc
@@ -583,7 +583,7 @@ def fuzz(*, http: int, rpc: int, socket: int, number: int) -> Tally:
     service = tiny_service(network)
     app = App(service)
     side = Rpc(service, host="127.0.0.1", port=0)
-    listener = listening_socket("127.0.0.1", 0)
+    listener = bound_socket("127.0.0.1", 0)
     server = web_server(App(service, sides=[side]), drain_s=1.0)
     logging.getLogger("impatient.serving").setLevel(logging.CRITICAL)
     loop = asyncio.new_event_loop()

@@ -68,7 +68,7 @@ def backbone(width: int) -> nn.Sequential:
 def serve_impatient(width: int, port: int) -> None:
     from impatient.serving.app import App
     from impatient.serving.base import Limits
-    from impatient.serving.connections import listening_socket, web_server
+    from impatient.serving.connections import bound_socket, web_server
     from impatient.serving.model import ServedModel
     from impatient.serving.service import Hosted, Service
     from impatient.serving.tensors import InputSpec
@@ -86,7 +86,7 @@ def serve_impatient(width: int, port: int) -> None:
         preprocess=Preprocess(mean=(), std=()),
         classes=tuple(map(str, range(CLASSES))),
     )
-    listener = listening_socket("127.0.0.1", port)
+    listener = bound_socket("127.0.0.1", port)
     web_server(App(Service([one], Limits(default_s=5.0)))).run(sockets=[listener])
 
 

@@ -47,7 +47,7 @@ from impatient.anytime import Exit, Network, Run
 from impatient.serving import messages
 from impatient.serving.app import App
 from impatient.serving.base import Limits
-from impatient.serving.connections import listening_socket, web_server
+from impatient.serving.connections import bound_socket, web_server
 from impatient.serving.model import ServedModel
 from impatient.serving.rpc import Rpc
 from impatient.serving.service import Hosted, Service
@@ -104,7 +104,7 @@ async def serve() -> None:
     )
     service = Service([hosted], Limits(default_s=0.1))
     rpc = Rpc(service, host="127.0.0.1", port=0)
-    listener = listening_socket("127.0.0.1", 0)
+    listener = bound_socket("127.0.0.1", 0)
     app = App(service, sides=[rpc])
     server = web_server(app)
     # asyncio gives a handle of what runs; without it the task may be collected

@@ -89,7 +89,7 @@ def serve(rule: str, file: Path) -> None:
     """Serve the network by a rule, at a port that is printed."""
     from impatient.serving.app import App
     from impatient.serving.base import Limits
-    from impatient.serving.connections import listening_socket, web_server
+    from impatient.serving.connections import bound_socket, web_server
     from impatient.serving.service import Hosted, Service
     from impatient.serving.tensors import InputSpec
 
@@ -102,7 +102,8 @@ def serve(rule: str, file: Path) -> None:
         classes=spec.class_names,
     )
     service = Service([hosted], Limits(most_s=60.0, waiting=4096), RULES[rule]())
-    listener = listening_socket("127.0.0.1", 0)
+    listener = bound_socket("127.0.0.1", 0)
+    listener.listen()
     print(listener.getsockname()[1], flush=True)
     app = App(service)
     web_server(app, most_connections=10_000, drain_s=1.0).run(sockets=[listener])

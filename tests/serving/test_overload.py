@@ -21,8 +21,8 @@ from impatient.serving.connections import (
     MOST_FILES,
     UNREAD_LAST,
     Guard,
+    bound_socket,
     is_whole,
-    listening_socket,
     most_files,
 )
 from impatient.serving.heartbeat import BEAT_S, IN_A_ROW, Heartbeat
@@ -281,7 +281,7 @@ def test_under_a_flood_each_request_has_one_reply_and_health_is_told() -> None:
 
 
 def test_replies_that_nobody_reads_are_given_up_by_the_system() -> None:
-    with listening_socket("127.0.0.1", 0) as listener:
+    with bound_socket("127.0.0.1", 0) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 

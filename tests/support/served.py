@@ -12,7 +12,7 @@ from fakes import wait_until
 from impatient import Exit, Network, Run
 from impatient.serving.app import App
 from impatient.serving.base import Limits
-from impatient.serving.connections import listening_socket, web_server
+from impatient.serving.connections import bound_socket, web_server
 from impatient.serving.model import ServedModel
 from impatient.serving.rpc import Rpc
 from impatient.serving.service import Hosted, Service
@@ -121,7 +121,7 @@ def serving_both(
         for one, name in zip(networks, names, strict=False)
     ]
     service = Service(models, Limits(**{"default_s": 5.0, **limits}))
-    listener = listening_socket("127.0.0.1", 0)
+    listener = bound_socket("127.0.0.1", 0)
     rpc = Rpc(service, host="127.0.0.1", port=0, token=token)
     app = App(service, sides=[rpc], token=token)
     server = web_server(app, most_connections=most_connections, drain_s=1.0, head_s=head_s)

@@ -7,6 +7,7 @@ costs a small part of reading it, so that a server that is asked too much still 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -247,27 +248,31 @@ def web_server(
     return WebServer(config, app.service, drain_s)
 
 
-def listening_socket(host: str, port: int) -> socket.socket:
-    """Open the socket that a server listens at, so that a port in use is said at once.
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Take the port that a server is to listen at, so that one in use is said at once.
+
+    Callers are refused until the server listens.
 
     Raises:
         ServingError: if it cannot be opened.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # asyncio turns Nagle's algorithm off only for sockets that name their protocol. With it,
-        # every reply in two parts waits 40 ms for the caller's acknowledgement.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # A caller that does not read its reply holds a connection no longer.
-            unread_ms = KEEP_ALIVE_S * 1000
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread_ms)
-        listener.bind((host, port))
-        listener.listen(512)
+        with contextlib.ExitStack() as failing:
+            # asyncio turns Nagle's algorithm off only for sockets that name their protocol. With
+            # it, every reply in two parts waits 40 ms for the caller's acknowledgement.
+            listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            failing.callback(listener.close)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                # A caller that does not read its reply holds a connection no longer.
+                unread_ms = KEEP_ALIVE_S * 1000
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread_ms)
+            listener.bind((host, port))
+            failing.pop_all()
+            return listener
     except OSError as error:
         raise ServingError(
             f"cannot listen at {host} port {port}: {error}. Choose another --port, or 0 for a free "
             "one."
         ) from error
-    return listener

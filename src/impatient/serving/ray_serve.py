@@ -69,8 +69,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         checks.at_least(ServingError, 1, replicas=self.replicas)
-        if self.most is not None:
-            checks.at_least(ServingError, self.replicas, most=self.most)
+        if self.most is not None and self.most < self.replicas:
+            raise ServingError(
+                f"at least {self.replicas} replicas and at most {self.most}; expected the second "
+                "number to be no smaller."
+            )
         checks.positive(ServingError, ongoing=self.ongoing, cpus=self.cpus)
 
     @property
@@ -366,9 +369,20 @@ class RayFleet(Fleet):
 
 
 def join_ray() -> None:
-    """Join the Ray cluster of RAY_ADDRESS or of this machine, or begin one here."""
-    if not ray.is_initialized():
+    """Join the Ray cluster of RAY_ADDRESS or of this machine, or begin one here.
+
+    Raises:
+        ServingError: if it cannot be joined.
+    """
+    if ray.is_initialized():
+        return
+    try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise ServingError(
+            f"{error}; RAY_ADDRESS says where it is. If it asks for a token, set "
+            "RAY_AUTH_MODE=token, and give this machine the token of the others."
+        ) from error
 
 
 def processors() -> float:

@@ -103,19 +103,33 @@ def serve(options: ServeOptions, begun: Callable[[str], object] = lambda _addres
         begun: what is called with the address as soon as callers can connect.
     """
     check_installed()
-    from impatient.serving.app import App
-    from impatient.serving.base import Limits
-    from impatient.serving.connections import listening_socket, web_server
-    from impatient.serving.service import Service
+    from impatient.serving.connections import bound_socket
 
     if not options.directories:
         raise ServingError("no run directories; expected at least one to serve.")
-    token = os.environ.get(TOKEN, "")
-    if not token and not _is_loopback(options.host):
+    if not os.environ.get(TOKEN) and not _is_loopback(options.host):
         raise ServingError(
             f"{options.host} can be reached from other machines, and no token is set; set the "
             f"variable {TOKEN} to a secret, or serve at 127.0.0.1 behind a proxy."
         )
+    if not options.ray and (options.replicas > 1 or options.most_replicas is not None):
+        raise ServingError(
+            "--replicas and --most-replicas are for the machines of a Ray cluster; add --ray."
+        )
+    _end_at_sigterm()
+    with bound_socket(options.host, options.port) as listener:
+        _serve_at(listener, options, begun)
+
+
+def _serve_at(
+    listener: socket.socket, options: ServeOptions, begun: Callable[[str], object]
+) -> None:
+    from impatient.serving.app import App
+    from impatient.serving.base import Limits
+    from impatient.serving.connections import web_server
+    from impatient.serving.service import Service
+
+    host, port = listener.getsockname()[:2]
     limits = Limits(
         default_s=options.default_s or 0.1,
         most_s=options.most_s or 10.0,
@@ -123,40 +137,52 @@ def serve(options: ServeOptions, begun: Callable[[str], object] = lambda _addres
     )
     service: BaseService
     if options.ray:
-        service = ray_service(options, limits)
+        service = ray_service(options, limits, port)
     else:
         service = Service([hosted(path, options) for path in options.directories], limits)
     drain_s = options.drain_s or 5.0
-    listener = listening_socket(options.host, options.port)
+    token = os.environ.get(TOKEN, "")
     sides = [] if options.grpc_port is None else [rpc_side(service, options, token)]
     app = App(service, sides=sides, token=token, drain_s=drain_s)
     app.bodies.reader.start()
     server = web_server(app, most_connections=4 * options.waiting, drain_s=drain_s)
-    host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
+    listener.listen()
     log.info("serving %s at %s", ", ".join(service.offers), address)
     begun(address)
     server.run(sockets=[listener])
 
 
-def ray_service(options: ServeOptions, limits: Limits) -> FleetService:
+def _end_at_sigterm() -> None:
+    """Have SIGTERM end this process like a call that is done, so that nothing is left behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+
+
+def ray_service(options: ServeOptions, limits: Limits, port: int) -> FleetService:
     """Start replicas on the machines of a Ray cluster.
 
+    Args:
+        options: the options.
+        limits: what callers may ask for.
+        port: port at which this server will listen.
     Raises:
-        ServingError: if Ray is not installed.
+        ServingError: if Ray is not installed, or the cluster cannot be joined.
     """
-    if importlib.util.find_spec("ray") is None:
+    try:
+        from impatient.serving import ray_serve
+    except ImportError as error:
         raise ServingError(
-            "--ray needs Ray, which is not installed; run pip install 'impatient[ray]'."
-        )
-    from impatient.serving import ray_serve
+            "--ray needs Ray Serve, which is not installed; run pip install 'impatient[ray]'."
+        ) from error
     from impatient.serving.fleet import FleetService
 
-    ray_serve.join_ray()
     plan = ray_serve.Plan(
         replicas=options.replicas, most=options.most_replicas, drain_s=options.drain_s or 5.0
     )
+    ray_serve.join_ray()
+    # Ray has put another handler in its place.
+    _end_at_sigterm()
     if ray_serve.processors() < plan.replicas * plan.cpus:
         log.warning("the machines of the cluster have too few processors for all replicas")
     fleet = ray_serve.RayFleet(
@@ -165,15 +191,21 @@ def ray_service(options: ServeOptions, limits: Limits) -> FleetService:
         limits=limits,
         plan=plan,
         # The next server at this place takes over what one that was killed has left.
-        name=f"impatient-{socket.gethostname()}-{options.port}",
+        name=f"impatient-{socket.gethostname()}-{port}",
     )
     log.info("starting %d replicas, each of which measures its networks", plan.replicas)
-    fleet.deploy()
+    try:
+        fleet.deploy()
+        offers = asyncio.run(fleet.offers())
+    except BaseException:
+        # such as Ctrl-C: the cluster may be others' too
+        fleet.stop()
+        raise
     if sys.platform != "win32":
         # Loading takes seconds, in which the loop goes on.
         renewing = functools.partial(threading.Thread, target=_renew, args=[fleet])
         signal.signal(signal.SIGHUP, lambda *_: renewing().start())
-    return FleetService(fleet, asyncio.run(fleet.offers()), limits)
+    return FleetService(fleet, offers, limits)
 
 
 def _hosted_there(source: str, options: ServeOptions) -> Hosted:
