@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -41,9 +41,11 @@ class Exit:
         index: number of the exit.
         features: input of the head; at the last exit usually the output.
         mask: padding mask of the samples; None without.
+        whole: whether the stage ran the whole batch and nothing else.
     """
 
     __slots__ = ("_output", "features", "index", "mask")
+    whole: bool = True
 
     def __init__(
         self,
@@ -76,11 +78,6 @@ class Exit:
     def exits(self) -> tuple[int, ...]:
         """Return for each sample the exit whose output is its answer."""
         return (self.index,) * self.output().shape[0]
-
-    @property
-    def whole(self) -> bool:
-        """Tell whether the stage ran the whole batch and nothing else."""
-        return True
 
     @property
     def row_bytes(self) -> float:
@@ -349,7 +346,7 @@ def begin(network: Network, x: Any) -> Run:
     Raises:
         NetworkError: if the network's `exits` returns anything but a `Run`.
     """
-    run: object = network.exits(x)
+    run: Any = network.exits(x)
     # As isinstance, which for an abstract class takes as long as all else here.
     if Run not in type(run).__mro__:
         raise NetworkError(
@@ -357,7 +354,8 @@ def begin(network: Network, x: Any) -> Run:
             "impatient.Run. Return impatient.Run(generator), where the generator yields an Exit "
             "after each stage."
         )
-    return cast("Run", run)
+    found: Run = run
+    return found
 
 
 def check_network(network: object) -> None:

@@ -58,13 +58,17 @@ class Ambient:
     restores its own afterwards. Usually both are in them already, and a cut costs only that check.
     It has few lines, because after a stage the caches are cold, and Python runs about ten times as
     slowly as in a loop.
+
+    Attributes:
+        learns: whether there are gradients.
     """
 
-    __slots__ = ("_cache", "_devices", "_modes")
+    __slots__ = ("_cache", "_devices", "_modes", "learns")
 
     def __init__(self) -> None:
+        self.learns = is_grad_enabled()
         # Whether there are gradients, inference mode and autocast.
-        self._modes = (is_grad_enabled(), is_inference_mode_enabled(), _is_any_autocast_enabled())
+        self._modes = (self.learns, is_inference_mode_enabled(), _is_any_autocast_enabled())
         self._cache = torch.is_autocast_cache_enabled()
         enabled = self._modes[2] and torch.is_autocast_enabled("cpu")
         self._devices = [(enabled, torch.get_autocast_dtype("cpu"))]
@@ -78,11 +82,6 @@ class Ambient:
     @classmethod
     def now(cls) -> Self:
         return cls()
-
-    @property
-    def learns(self) -> bool:
-        """Whether there are gradients."""
-        return self._modes[0]
 
     def here(self) -> bool:
         """Tell whether this thread is in these modes.

@@ -31,7 +31,6 @@ from impatient.counting import StageFacts, count_macs, module_name
 from impatient.errors import ModelSpecError, NetworkError, NoEffectWarning
 from impatient.inputs import call_model, evaluating, synchronise
 from impatient.networks import growth
-from impatient.networks.ambient import Ambient
 from impatient.networks.building import check_sizes, initialise_convolutions
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.growth import PAPER, BlockCosts, Schedule
@@ -345,7 +344,7 @@ class GrowthRun(Run):
     """
 
     def __init__(self, network: GrowingNetwork, x: Any, *, keep: bool = False) -> None:
-        self._position = Position(Ambient.now())
+        self._position = Position()
         self._iterations = iter(range(network.num_exits))
         self._network = network
         self._x = x
@@ -355,15 +354,14 @@ class GrowthRun(Run):
     def __next__(self) -> Exit:
         index = next(self._iterations)
         last = index == self._network.num_exits - 1
-        ambient = self._position.ambient
+        position = self._position
         try:
-            features = ambient.within(self._network._grow, index, self._cached, self._x)
+            features = position.within(self._network._grow, index, self._cached, self._x)
             if self._keep and not last:
-                features = ambient.call(torch.clone, features)
-            self._position.exit = index
-            exit = StagedExit(
-                index, features, partial(self._network._answer, index), self._position, self._keep
-            )
+                features = position.call(torch.clone, features)
+            position.exit = index
+            head = partial(self._network._answer, index)
+            exit = StagedExit(index, features, head, position, self._keep)
             if last:
                 # Computed now, because the output of a last exit is always ready in this library.
                 exit.output()
@@ -371,7 +369,7 @@ class GrowthRun(Run):
         except BaseException:
             self.close()
             # The failed iteration may have overwritten the features of the exit before.
-            self._position.exit = None
+            position.exit = None
             raise
         return exit
 

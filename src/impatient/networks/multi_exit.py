@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -214,7 +213,7 @@ class MultiExitNetwork(Network):
         """Return how the backbone is cut, with the modules that it has now."""
         holders, names, members = self._watched
         # All in C, because every run asks.
-        if not all(map(operator.is_, map(dict.get, holders, names), members)):
+        if (*map(dict.get, holders, names),) != members:
             # Replaced after exits were attached, such as by LoRA.
             self._prepare()
         return self._stages

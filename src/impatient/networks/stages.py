@@ -107,27 +107,26 @@ Tap = Callable[[int, Tensor], Tensor | None]
 Visit = Callable[[Exit], bool]
 
 
-@dataclass(slots=True)
-class Position:
-    """The position of a run, shared with its exits.
+class Position(Ambient):
+    """The position of a run and its modes, shared with its exits.
 
     Exits hold this instead of the run, so that an exit does not keep its run alive.
 
     Attributes:
-        ambient: modes of the run.
         exit: exit whose features are intact; None after the run has failed in a later stage.
         visited: whether an exit is being visited, in the modes of the run.
     """
 
-    ambient: Ambient
     exit: int | None = -1
-    visited: bool = False
+    visited = False
 
 
 class StagedExit(Exit):
     """One exit of a run whose later stages may write over its features."""
 
-    __slots__ = ("_head", "_kept", "_position")
+    __slots__ = ("_head", "_kept", "_position", "upcoming")
+
+    upcoming: int | None
 
     def __init__(
         self,
@@ -139,6 +138,7 @@ class StagedExit(Exit):
         mask: Tensor | None = None,
     ) -> None:
         self.index = index
+        self.upcoming = index + 1
         self.features = features
         self.mask = mask
         self._head = head
@@ -163,10 +163,10 @@ class StagedExit(Exit):
             head: Any = self._head
             if self.mask is not None:
                 head = with_mask(head, self.mask)
-            if position.visited and not position.ambient.learns:
+            if position.visited and not position.learns:
                 output = self._output = head(self.features)
             else:
-                output = self._output = position.ambient.call(head, self.features)
+                output = self._output = position.call(head, self.features)
         return output
 
     def _passed(self) -> ExitPassed:
@@ -276,7 +276,7 @@ class _Thread(threading.local):
     """
 
     def __init__(self) -> None:
-        self.stack: list[_Taps | _Visits] = []
+        self.stack: list[_Taps | StagedRun] = []
         self.idle: _Forward | None = None
 
 
@@ -352,7 +352,7 @@ class _Taps:
         return _with_features(output, features, onward)
 
 
-def _through(model: nn.Module, x: Any, forward: _Taps | _Visits) -> Any:
+def _through(model: nn.Module, x: Any, forward: _Taps | StagedRun) -> Any:
     """Run a model in the present modes, and do at its cuts what a forward does there."""
     current = getcurrent()
     stack = _thread.stack
@@ -393,8 +393,12 @@ class StagedRun(Run):
     _rows: Tensor | None = None
     # Number of rows of later exits; None if it was not changed.
     _size: int | None = None
-    # Whether a straight forward is under way.
-    _walking = False
+    # What a straight forward that is under way does at exits.
+    _visit: Visit | None = None
+    # Whether it leaves, or has left.
+    _left = False
+    # What a visit raised.
+    _error: BaseException | None = None
     # None before the first stage and after the last.
     _runner: _Forward | None = None
     _owner: threading.Thread | None = None
@@ -410,7 +414,7 @@ class StagedRun(Run):
         keep: bool = False,
         mask: Tensor | None = None,
     ) -> None:
-        self._position = Position(Ambient())
+        self._position = Position()
         self._model: nn.Module | None = model
         self._x = x
         self._stages = stages
@@ -440,7 +444,7 @@ class StagedRun(Run):
         if self._size is not None:
             self._check_rows(index, value, self._size)
         if self._keep and index != self._stages.last:
-            value = position.ambient.call(torch.clone, value)
+            value = position.call(torch.clone, value)
         position.exit = index
         return StagedExit(index, value, self._stages.heads[index], position, self._keep, self._mask)
 
@@ -457,7 +461,7 @@ class StagedRun(Run):
             NetworkError: if other values of single samples cross a cut of this network, or the run
                 is not at an exit.
         """
-        if (self._runner is None and not self._walking) or self._shrinks is None:
+        if (self._runner is None and self._visit is None) or self._shrinks is None:
             raise NetworkError(
                 "a run can be reduced to some of its samples only between two exits; expected a "
                 "call of keep() after an exit."
@@ -498,12 +502,12 @@ class StagedRun(Run):
         given: tuple[Any, ...] = (self._rows,)
         if runner is None:
             self._owner = threading.current_thread()
-            runner = self._runner = _start(self._position.ambient, self._stages.cuts)
-            given = (self._position.ambient.enclose, call_model, self._model, self._x)
+            runner = self._runner = _start(self._position, self._stages.cuts)
+            given = (self._position.enclose, call_model, self._model, self._x)
         else:
             self._rows = None
             runner.parent = greenlet.getcurrent()
-        result = self._position.ambient.within(runner.switch, *given)
+        result = self._position.within(runner.switch, *given)
         if not isinstance(result, _Ended):
             reached: tuple[int, Tensor] = result
             return reached
@@ -522,7 +526,7 @@ class StagedRun(Run):
             return
         runner.closing = True
         runner.parent = greenlet.getcurrent()
-        ended = self._position.ambient.within(runner.throw, greenlet.GreenletExit)
+        ended = self._position.within(runner.throw, greenlet.GreenletExit)
         _keep(runner)
         with contextlib.suppress(greenlet.GreenletExit):
             ended.take()
@@ -535,32 +539,81 @@ class StagedRun(Run):
         if self._runner is not None or self._finished:
             super().walk(visit)
             return
-        ambient = self._position.ambient
+        position = self._position
         model: Any = self._model
-        visits = _Visits(self, visit)
-        here = ambient.here()
-        self._walking = True
+        here = position.here()
+        self._calls: dict[nn.Module, int] = {}
+        self._visit = visit
         try:
             if here:
-                output = _through(model, self._x, visits)
+                output = _through(model, self._x, self)
             else:
-                output = ambient.enclose(_through, model, self._x, visits)
+                output = position.enclose(_through, model, self._x, self)
         except _Leave:
-            if not visits.left:
+            if not self._left:
                 raise
         except BaseException:
-            self._position.exit = None
+            position.exit = None
             raise
         finally:
-            if here and not ambient.here():
-                ambient.restore()
-            self._walking = False
+            if here and not position.here():
+                position.restore()
             self._finished = True
-            self._model = self._x = self._shrinks = None
-        if visits.error is not None:
-            raise visits.take()
-        if not visits.left:
+            self._model = self._x = self._shrinks = self._visit = None
+        if self._error is not None:
+            raise self._take()
+        if not self._left:
             visit(self._exit_at(self._stages.last, output_tensor(output, self._output)))
+
+    def reached(self, module: nn.Module, output: Any) -> Any:
+        """Visit an exit after a module if there is one, and leave there if the visit says so.
+
+        It makes few calls: after a stage the caches are cold, and each takes microseconds.
+
+        Returns:
+            The output that replaces the module's output; None leaves it as it is.
+        """
+        position = self._position
+        if position.visited:
+            # What a visit calls is no part of this forward.
+            return None
+        calls = self._calls
+        call = calls[module] = calls.get(module, -1) + 1
+        index = self._stages.cuts.get((module, call))
+        if index is None:
+            return None
+        features = output if isinstance(output, Tensor) else first_tensor(output)
+        if not self._left:
+            visit: Any = self._visit
+            position.visited = True
+            try:
+                if position.here():
+                    self._left = visit(self._exit_at(index, features))
+                else:
+                    self._left = position.enclose(self._called, visit, index, features)
+            except BaseException as error:
+                # Not through the model, whose own code may catch it.
+                self._error = error
+                self._left = True
+            position.visited = False
+        # Again and again, in case the model's own code catches it.
+        if self._left:
+            raise _Leave
+        rows = self._rows
+        if rows is None:
+            return None
+        self._rows = None
+        return _with_features(output, features, features[rows])
+
+    def _called(self, visit: Visit, index: int, features: Tensor) -> bool:
+        return visit(self._exit_at(index, features))
+
+    def _take(self) -> BaseException:
+        """Return what a visit raised, and forget it: its traceback would hold it in a cycle."""
+        assert self._error is not None
+        error = self._error
+        self._error = None
+        return error
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # At the interpreter's end the modules that close() needs are gone, and memory is freed.
@@ -578,75 +631,6 @@ class StagedRun(Run):
                 ResourceWarning,
                 stacklevel=2,
             )
-
-
-class _Visits:
-    """What a straight run does at its cuts.
-
-    Attributes:
-        left: whether the run leaves, or has left, its forward.
-        error: what a visit raised.
-    """
-
-    __slots__ = ("_calls", "_cuts", "_position", "_run", "_visit", "error", "left")
-
-    def __init__(self, run: StagedRun, visit: Visit) -> None:
-        self._run = run
-        self._visit = visit
-        self._position = run._position
-        self._cuts = run._stages.cuts
-        self._calls: dict[nn.Module, int] = {}
-        self.left = False
-        self.error: BaseException | None = None
-
-    def reached(self, module: nn.Module, output: Any) -> Any:
-        """Visit an exit after a module if there is one, and leave there if the visit says so.
-
-        It makes few calls: after a stage the caches are cold, and each takes microseconds.
-
-        Returns:
-            The output that replaces the module's output; None leaves it as it is.
-        """
-        position = self._position
-        if position.visited:
-            # What a visit calls is no part of this forward.
-            return None
-        calls = self._calls
-        call = calls[module] = calls.get(module, -1) + 1
-        index = self._cuts.get((module, call))
-        if index is None:
-            return None
-        features = output if isinstance(output, Tensor) else first_tensor(output)
-        if not self.left:
-            position.visited = True
-            try:
-                if position.ambient.here():
-                    self.left = self._visit(self._run._exit_at(index, features))
-                else:
-                    self.left = position.ambient.enclose(self._called, index, features)
-            except BaseException as error:
-                # Not through the model, whose own code may catch it.
-                self.error = error
-                self.left = True
-            position.visited = False
-        # Again and again, in case the model's own code catches it.
-        if self.left:
-            raise _Leave
-        rows = self._run._rows
-        if rows is None:
-            return None
-        self._run._rows = None
-        return _with_features(output, features, features[rows])
-
-    def _called(self, index: int, features: Tensor) -> bool:
-        return self._visit(self._run._exit_at(index, features))
-
-    def take(self) -> BaseException:
-        """Return what a visit raised, and forget it: its traceback would hold it in a cycle."""
-        assert self.error is not None
-        error = self.error
-        self.error = None
-        return error
 
 
 def _start(ambient: Ambient, cuts: CutMap) -> _Forward:

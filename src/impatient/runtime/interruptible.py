@@ -344,7 +344,7 @@ class InterruptibleRun(BackgroundRun):
         stretch = self._stretch
         begin = self._begin
         deadline = self._deadline
-        stopped_by: StoppedBy | None = self._state.stops()
+        stopped_by: StoppedBy | None = self._state.stops(self._clock.now())
         output, exits = self._state.answer()
         if stopped_by is None and not self._state.allowed(self._limits):
             stopped_by = "limit"

@@ -182,10 +182,13 @@ class RunState:
             f"the network's run ended before exit {self._last}; its last exit must always come."
         )
 
-    def stops(self) -> Literal["final", "policy"] | None:
+    def stops(self, now: float) -> Literal["final", "policy"] | None:
         """Return why to stop at this exit whatever time is left, or None.
 
         The policy is asked only once at each exit.
+
+        Args:
+            now: present instant.
         """
         exit: Any = self.exit
         index = exit.index
@@ -199,18 +202,17 @@ class RunState:
         if self._stopped is None:
             policy = self._policy
             plan = self._plan
-            if policy is None or policy is plan.policy:
-                looks = None if policy is None else plan.looks[index]
+            if policy is plan.policy:
+                looks = plan.looks[index]
             else:
-                looks = looks_of(policy, index)
-            self._stopped = looks is not None and self._asked(exit, looks)
+                looks = None if policy is None else looks_of(policy, index)
+            self._stopped = looks is not None and self._asked(exit, looks, now)
         return "policy" if self._stopped else None
 
-    def _asked(self, exit: Exit, looks: Looks) -> bool:
+    def _asked(self, exit: Exit, looks: Looks, began: float) -> bool:
         """Ask the policy whether all samples have stopped at this exit."""
         policy: Any = self._policy
         now = self._now
-        began = now()
         output = None
         if looks.outputs:
             output = exit.output()

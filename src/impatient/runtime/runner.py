@@ -177,11 +177,6 @@ class Runner:
         """Summarise the latest 10,000 answers of contract runs: how many were late, and why."""
         return self._log.report()
 
-    def _note(self, answer: Answer, allowed_s: float) -> None:
-        self._log.add(answer, allowed_s)
-        if allowed_s < math.inf:
-            self._drift.answered(late=not answer.deadline_met, exit=answer.exit)
-
     def run(self, x: Any, *, deadline: Deadlines = NEVER, limits: Limits | None = None) -> Answer:
         """Answer by a deadline that is known now, with a contract run.
 
@@ -430,7 +425,7 @@ class ContractRun:
         self._runner = runner
         self._observes = observe
         self._state = runner._new_state(x)
-        self._choose_predictor()
+        self._choose_predictor(self._state.samples)
 
     def run(
         self,
@@ -526,9 +521,8 @@ class ContractRun:
         self._runner._check_first(self._predictor, now, self._earliest)
         self._runner._check_limits(self._limits)
 
-    def _choose_predictor(self) -> None:
-        """Find the predictor for the rows that the next stage runs."""
-        size = self._state.size
+    def _choose_predictor(self, size: int) -> None:
+        """Find the predictor for the number of rows that the next stage runs."""
         known = self._runner._predictors.get(size)
         self._predictor = self._runner._predictor(size) if known is None else known
         # Whether the time of a stage says something about the profile.
@@ -544,6 +538,7 @@ class ContractRun:
         state = self._state
         # Seconds of the stage. None: they were observed already, or say nothing about the profile.
         stage_s = None
+        now = self._begin
         if not again:
             now = state.reach(exit)
             # The time of a part of a batch says nothing about the profile of the whole.
@@ -551,9 +546,11 @@ class ContractRun:
                 stage_s = now - state.began
             if not exit.index:
                 state.first_s = now - self._begin + self._runner._first_head_s
-        stopped_by: StoppedBy | None = state.stops()
-        if self._bounded:
-            stopped_by = self._within(stopped_by)
+        stopped_by: StoppedBy | None = state.stops(now)
+        if self._rows is not None:
+            self._rows.mark(self._runner._plan.now())
+        if stopped_by is None and self._bounded:
+            stopped_by = self._within()
         if stopped_by is not None:
             self._stopped_by = stopped_by
             self._found = state.answer()
@@ -565,25 +562,21 @@ class ContractRun:
             self._predictor.observe(exit.index, stage_s)
         if state.samples > 1:
             state.go_on()
-            self._choose_predictor()
+            self._choose_predictor(state.size)
         else:
             state.began = self._runner._plan.now()
         return False
 
-    def _within(self, stopped_by: StoppedBy | None) -> StoppedBy | None:
+    def _within(self) -> StoppedBy | None:
         """Find out whether to stop at this exit because of a limit or the deadline."""
         state = self._state
-        now = self._runner._plan.now()
-        if self._rows is not None:
-            self._rows.mark(now)
-        if stopped_by is not None:
-            return stopped_by
         if self._limits and not state.allowed(self._limits):
             return "limit"
-        until = self._deadline.instant
         predictor = self._predictor
         if state.samples > 1:
             predictor = self._runner._predictor(state.size)
+        now = self._runner._plan.now()
+        until = self._deadline.instant
         fits = predictor.fits(state.following, now, until, self._runner._reserve_s)
         return None if fits else "deadline"
 
@@ -609,7 +602,9 @@ class ContractRun:
             met = all(row.deadline_met for row in rows)
             answer = replace(answer, rows=rows, stopped_by=deepest.stopped_by, deadline_met=met)
         if self._observes:
-            self._runner._note(answer, deadline.instant - begin)
+            self._runner._log.add(answer, deadline.instant - begin)
+            if deadline.instant < math.inf:
+                self._runner._drift.answered(late=not answer.deadline_met, exit=answer.exit)
         return answer
 
 
