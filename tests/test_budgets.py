@@ -471,6 +471,8 @@ BAD_RANGES = [
     (math.nan, 1.0),
     (0.0, math.nan),
     (0.0, math.inf),
+    ("0", "1"),
+    (0.0, True),
 ]
 
 
@@ -485,7 +487,7 @@ def test_a_log_uniform_budget_cannot_begin_at_zero():
         budgets.log_uniform(0.0, 1.0)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "soon"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "soon", "5", True])
 def test_a_point_or_a_logged_budget_must_be_a_positive_time(value):
     with pytest.raises(BudgetError, match="budget"):
         budgets.point(value)

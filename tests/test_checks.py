@@ -22,8 +22,8 @@ from impatient.errors import BudgetError, TrainingError
 def test_numbers_are_checked_at_their_ends(check, right, wrong):
     for value in right:
         check(TrainingError, lr=value)
-    for value in wrong:
-        with pytest.raises(TrainingError, match=rf"^lr={value}; expected .*\.$"):
+    for value in [*wrong, "0.5", True, None]:
+        with pytest.raises(TrainingError, match=rf"^lr={value!r}; expected .*\.$"):
             check(TrainingError, lr=value)
 
 

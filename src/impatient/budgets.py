@@ -243,12 +243,14 @@ def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
 
 
 def _over(shape: str, low_s: float, high_s: float, cost: Cost = "time") -> Budget:
-    if not low_s < high_s:
+    low = checks.as_number(low_s)
+    high = checks.as_number(high_s)
+    if not low < high:
         raise BudgetError(
-            f"budget range {low_s} to {high_s} s is empty or not a number; expected low < high, in "
-            "seconds."
+            f"budget range {low_s!r} to {high_s!r} s is empty or not a number; expected low < "
+            "high, in seconds."
         )
-    return Budget(shape=shape, low=float(low_s), high=float(high_s), cost=cost)
+    return Budget(shape=shape, low=low, high=high, cost=cost)
 
 
 def uniform(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
@@ -374,7 +376,7 @@ def per_sample(
             # a budget of 0 pays for nothing, and so does the smallest number
             budget
             if isinstance(budget, Budget)
-            else point(min(float(budget), UNLIMITED) or 5e-324, cost=cost)
+            else point(min(checks.as_number(budget), UNLIMITED) or 5e-324, cost=cost)
             for budget in budgets
         )
     )

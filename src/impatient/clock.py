@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from impatient.checks import as_number
 from impatient.errors import BudgetError
 
 T = TypeVar("T")
@@ -107,9 +108,10 @@ class Deadline:
     made: float | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if math.isnan(self.instant):
+        instant = self.instant
+        if math.isnan(instant if type(instant) is float else as_number(instant)):
             raise BudgetError(
-                "deadline is NaN; expected an instant on the clock, in seconds. Use "
+                f"deadline is {instant!r}; expected an instant on the clock, in seconds. Use "
                 "Deadline.after(0.008)."
             )
 
@@ -161,10 +163,7 @@ def check_deadline(deadline: object) -> None:
 
 
 def _positive(value: float, what: str, expected: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = as_number(value)
     if not number > 0.0:
         raise BudgetError(f"{what} is {value!r}; expected {expected}.")
     return number

@@ -119,9 +119,20 @@ def test_a_run_stays_within_its_macs_and_goes_no_less_deep_than_it_may(
 def test_limits_that_make_no_sense_are_errors() -> None:
     with pytest.raises(BudgetError, match="unknown limit 'flops'"):
         runner().run(X, limits={"flops": 1})  # type: ignore[dict-item]
-    for most in (0, -1.0, float("nan")):
-        with pytest.raises(BudgetError, match="positive"):
-            runner().start(X, limits={"macs": most})
+    wrong: tuple[Any, ...] = (
+        0,
+        -1.0,
+        float("nan"),
+        "5",
+        True,
+        None,
+        [None] * len(X),
+        ["5"] * len(X),
+    )
+    for most in wrong:
+        for ask in (runner().start, runner().run):
+            with pytest.raises(BudgetError, match=r"the limit of macs is .*; expected .*positive"):
+                ask(X, limits={"macs": most})
     bare = dataclasses.replace(costs(), stage_energy_j=None, head_energy_j=None)
     with pytest.raises(CostError, match="energy"):
         limits_of(bare, {"energy_j": 1.0})

@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 
@@ -95,8 +96,8 @@ def test_what_no_rule_could_answer_in_time_changes_nothing() -> None:
     assert rule.scale > before
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, math.nan])
-def test_a_rate_is_a_share(rate: float) -> None:
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, math.nan, "0.01", True])
+def test_a_rate_is_a_share(rate: Any) -> None:
     with pytest.raises(RunError, match="miss_rate"):
         Machine(0).runner(miss_rate=rate)
 

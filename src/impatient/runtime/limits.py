@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from impatient.checks import as_number
 from impatient.costs import Cost, CostProfile
 from impatient.errors import BudgetError
 
@@ -65,13 +66,12 @@ def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[
                 f"unknown limit {unit!r}; expected one of {', '.join(_COSTS)}. Limit time by the "
                 "deadline."
             )
-        if not isinstance(most, int | float):
+        number = as_number(most)
+        if not number > 0.0:
             raise BudgetError(
-                f"the limit of {unit} is {most!r}; expected one number for all rows. Runner.run "
-                "and Runner.start take a list with one for each."
+                f"the limit of {unit} is {most!r}; expected one number for all rows, a positive "
+                "one. Runner.run and Runner.start take a list with one for each."
             )
-        if not most > 0.0:
-            raise BudgetError(f"the limit of {unit} is {most!r}; expected a positive number.")
         stages, heads = costs.parts(_COSTS[unit])
-        made.append(Limit(unit=unit, most=most, stages=stages, heads=heads))
+        made.append(Limit(unit=unit, most=number, stages=stages, heads=heads))
     return tuple(made)

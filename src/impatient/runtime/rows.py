@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -218,7 +218,7 @@ def one_for_all(
     Raises:
         RunError: if there is one for each row.
     """
-    each = [unit for unit, most in (limits or {}).items() if not isinstance(most, int | float)]
+    each = [unit for unit, most in (limits or {}).items() if _is_listed(most)]
     if not isinstance(deadline, Deadline) or each:
         raise RunError(
             "rows have deadlines or limits of their own, which this kind of run cannot keep; "
@@ -251,28 +251,32 @@ def row_limits(
     Raises:
         RunError: if there is not one per row.
     """
-    given = dict(limits or {})
-    rows = {unit: most for unit, most in given.items() if not isinstance(most, int | float)}
+    given: dict[Unit, Any] = dict(limits or {})
+    rows = {unit: most for unit, most in given.items() if _is_listed(most)}
     if not rows:
         return None
     for unit, listed in rows.items():
         _check_count(f"limits of {unit}", len(listed), samples)
 
-    def own(unit: Unit, row: int) -> float:
-        most = given[unit]
-        return most if isinstance(most, int | float) else float(most[row])
-
-    return [limits_of(costs, {unit: own(unit, row) for unit in given}) for row in range(samples)]
+    return [
+        limits_of(costs, given | {unit: listed[row] for unit, listed in rows.items()})
+        for row in range(samples)
+    ]
 
 
 def largest(limits: Limits | None) -> Mapping[Unit, float] | None:
     """Return the largest limit of any row, by unit."""
     if limits is None:
         return None
+    given: dict[Unit, Any] = dict(limits)
     return {
-        unit: most if isinstance(most, int | float) else max(most, default=0.0)
-        for unit, most in limits.items()
+        unit: max(most, default=0.0) if _is_listed(most) else most for unit, most in given.items()
     }
+
+
+def _is_listed(most: Any) -> bool:
+    """Tell whether a limit is a list with one for each row; what else is wrong, others say."""
+    return isinstance(most, Sized) and not isinstance(most, str)
 
 
 def _check_count(what: str, count: int, samples: int) -> None:
