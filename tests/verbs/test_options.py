@@ -168,6 +168,8 @@ def test_units_and_lists_are_read_in_one_place(
         (["profile", "run", "--threads", "1,100000"], "expected a whole number from 0 to 1024"),
         (["train", "run", "--exits", "2.5"], "expected a whole number, 1 or more"),
         (["train", "run", "--validation", "1.5"], "expected a share from 0 to 1"),
+        (["fit", "run", "--max-loss", "-1"], "expected points from 0 to below 100"),
+        (["fit", "run", "--max-loss", "100"], "expected points from 0 to below 100"),
         (["run", "run", "a.png", "--deadline-ms", "-5"], "expected a positive number"),
         (["profile", "run", "--threads="], "expected COUNT,COUNT,..."),
         (["fit", "run", "--learner", "guess"], "'logistic', 'svm', 'mlp', 'boosting'"),

@@ -62,8 +62,8 @@ def _listed(
     return _spec(metavar, values, lambda value: ",".join(map(shown, value)))
 
 
-def _part(metavar: str, of: float) -> PrimitiveConstructorSpec[Any]:
-    return _spec(metavar, lambda text: _number(text) / of, lambda value: f"{value * of:g}")
+def _part(metavar: str, read: Callable[[str], float], of: float) -> PrimitiveConstructorSpec[Any]:
+    return _spec(metavar, lambda text: read(text) / of, lambda value: f"{value * of:g}")
 
 
 def _seconds(text: str) -> float:
@@ -80,6 +80,8 @@ _positive = _reader(int, "a whole number, 1 or more", 1)
 # With many thousands torch cannot start its threads, and ends the process.
 _threads = _reader(int, "a whole number from 0 to 1024", 0, 1024)
 _share = _reader(float, "a share from 0 to 1", 0.0, 1.0)
+# all 100 would allow any answer
+_points = _reader(float, "points from 0 to below 100", 0.0, math.nextafter(100.0, 0.0))
 
 # help says nothing of a default that is nothing
 OFF = arg(
@@ -90,13 +92,13 @@ OFF = arg(
 
 # units at the door, and what they are inside: seconds, shares, numbers of operations or bytes
 Milliseconds = Annotated[float | None, _spec("MS", _seconds, _in_ms), OFF]
-Points = Annotated[float | None, _part("POINTS", 100), OFF]
+Points = Annotated[float | None, _part("POINTS", _points, 100), OFF]
 Millions = Annotated[
     float | None,
     _spec("MILLIONS", lambda text: _number(text) * 1e6, lambda count: f"{count / 1e6:g}"),
     OFF,
 ]
-Millijoules = Annotated[float | None, _part("MJ", 1e3), OFF]
+Millijoules = Annotated[float | None, _part("MJ", _number, 1e3), OFF]
 
 # bounds
 Share = Annotated[float, _spec("SHARE", _share)]
