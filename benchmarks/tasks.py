@@ -485,7 +485,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "## Where this comes from",
         "",
         f"All exits and seeds: [tasks.csv](../../{RESULTS.relative_to(ROOT)}/tasks.csv). "
-        f"Rows are of {', '.join(sorted({row['commit'] for row in rows}))}. {facts()}",
+        f"Rows are of {', '.join(sorted({row['commit'] for row in rows}))}; the page, and those "
+        f"made last, are of: {facts()}",
         "",
         "Rows that were read back from a page are rounded as it was, and their runs were",
         "interrupted from Python, as the command line had no word for it then.",

@@ -171,7 +171,11 @@ def _paper_gain(row: str) -> float:
 
 
 def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
-    """Judge the paper's two claims by the numbers, yes or no."""
+    """Judge the paper's two claims by the numbers: yes, no, or not testable here.
+
+    Whether the gain is largest where small budgets are likely is not testable with other rows
+    missing, nor if it depends on the budgets that buy no answer, whose share the paper leaves open.
+    """
     pairs = list(dict.fromkeys(row["pair"] for row in summary))
     won = [row for row in summary if row["gain"].mean > 0]
     seeds = summary[0]["gain"].count
@@ -180,6 +184,9 @@ def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
     small = _in_small_budgets(most.values(), "gain")
     answered = {pair: _largest(summary, pair, "gain_answered") for pair in pairs}
     small_answered = _in_small_budgets(answered.values(), "gain_answered")
+    most_small = "yes" if small == len(pairs) else "no"
+    if len(summary) < len(pairs) * len(ROWS) or (most_small == "no" and small != small_answered):
+        most_small = "not testable here"
     losers = ", ".join(
         f"{row['pair']} {row['budgets']} ({row['gain'].text(sign=True)})"
         for row in summary
@@ -194,9 +201,8 @@ def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
             f"**{'yes' if len(won) == len(summary) else 'no'}**. By the mean over seeds in "
             f"{len(won)} of {len(summary)} rows, in all of {seeds} seed{'s' * (seeds > 1)} in "
             f"{always}." + (f" Not in: {losers}." if losers else ""),
-            "- Most where small budgets are likely: "
-            f"**{'yes' if small == len(pairs) else 'no'}**. That row has the largest gain, "
-            f"and one above 0, in {small} of {len(pairs)} pairs, and per answered budget in "
+            f"- Most where small budgets are likely: **{most_small}**. That row has the largest "
+            f"gain, and one above 0, in {small} of {len(pairs)} pairs, and per answered budget in "
             f"{small_answered}. Largest gains: {gains}.",
         ]
     )

@@ -382,8 +382,34 @@ def test_the_verdict_follows_the_numbers():
     assert re.search(
         r"beats the better baseline in every row: \*\*yes\*\*.* in 4 of 4 rows", spoken(0.9)
     )
-    assert re.search(r"likely: \*\*(yes|no)\*\*", spoken(0.9))
     assert re.search(r"every row: \*\*no\*\*.* in 0 of 4 rows.* Not in: toy uniform", spoken(0.1))
+
+
+@pytest.mark.parametrize(
+    ("gains", "answered", "verdict"),
+    [
+        ((1.0, 1.0, 2.0, 1.0), 50.0, "yes"),
+        ((3.0, 1.0, 1.0, 1.0), 50.0, "no"),
+        # per answered budget 2.2 points, more than in any other row
+        ((2.0, 1.0, 1.1, 1.0), 50.0, "not testable here"),
+        # the others have not ended
+        ((None, None, 1.0, None), 50.0, "not testable here"),
+        ((None, 2.0, 1.0, 1.0), 50.0, "not testable here"),
+    ],
+)
+def test_most_for_small_budgets_depends_on_what_buys_no_answer(gains, answered, verdict):
+    rows = [
+        {
+            **dict.fromkeys(("orig", "ft", "joint_a_priori", "no_exits", "t_b_ms", "t_a_ms"), 0.0),
+            "pair": "toy",
+            "budgets": budgets,
+            "joint": gain,
+            "answered": answered if budgets == "small_likely" else 100.0,
+        }
+        for budgets, gain in zip(recipe.ROWS, gains, strict=True)
+        if gain is not None
+    ]
+    assert f"are likely: **{verdict}**" in tables.verdict(tables.summarised(rows))
 
 
 def test_the_papers_gains_are_those_of_its_table():

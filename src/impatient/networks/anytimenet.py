@@ -395,9 +395,10 @@ class GrowingNetwork(Network):
     sub-networks would each update it with the same values, which only converges faster.) If several
     iterations run a block, it gets inputs of several depths. With `norms="shared"`, which is how we
     read the paper, its statistics mix these inputs in nearly equal parts and fit none of them: in
-    papers/anytimenet that costs 11 to 30 points of accuracy. With `norms="own"`, the default, each
-    iteration has separate statistics. Weights trained with shared statistics may be loaded into a
-    network with separate ones, and `recalibrate` computes these again.
+    the short trainings of papers/anytimenet that costs 11 to 30 points of accuracy. With
+    `norms="own"`, the default, each iteration has separate statistics. Weights trained with shared
+    statistics may be loaded into a network with separate ones, and `recalibrate` computes these
+    again.
 
     Args:
         backbone: plain network of the same modules. Each block takes the output of the block before
