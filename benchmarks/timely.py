@@ -214,7 +214,7 @@ def bound_of(model: ServedModel, case: Case, quality: np.ndarray) -> float:
     count = len(case.arrivals_s[part])
     return fluid_bound(
         cheapest_s(model),
-        np.tile(quality.mean(1), (count, 1)),
+        np.tile(quality[:, case.order[part]].mean(1), (count, 1)),
         case.arrivals_s[part],
         case.budgets_s[part],
         alone_s=[model.work_s(0, last, 1) for last in range(model.num_exits)],

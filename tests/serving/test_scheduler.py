@@ -91,6 +91,29 @@ def test_a_first_exit_is_not_risked_for_a_deeper_one() -> None:
     assert (work.first, work.requests) == (0, (1,))
 
 
+@pytest.mark.parametrize(
+    ("of_four_s", "batch"),
+    [
+        # a quarter less per sample than in a batch of two, as much, and a tenth more
+        (3.0, 4),
+        (4.0, 4),
+        (4.4, 2),
+    ],
+)
+def test_first_exits_run_in_the_batch_that_is_cheapest_per_sample(
+    of_four_s: float, batch: int
+) -> None:
+    model = ServedModel(
+        name="net", stages_s={1: (1.5,), 2: (2.0,), 4: (of_four_s,)}, quality=(0.9,), max_batch=4
+    )
+    scheduler = Scheduler(models={"net": model}, rule=GreedyGain())
+    (first,) = works(scheduler.arrived(Request(id=0, model="net", deadline=50.0), 0.0))
+    for id in range(1, 6):
+        assert not scheduler.arrived(Request(id=id, model="net", deadline=50.0 + id), 0.0)
+    (work,) = works(scheduler.finished(first, {}, 1.5))
+    assert work.requests == tuple(range(1, 1 + batch))
+
+
 def test_who_cannot_be_answered_in_time_is_refused_at_once_or_answered_late() -> None:
     scheduler = scheduler_of()
     (first,) = scheduler.arrived(Request(id=0, model="net", deadline=9.0), 0.0)
