@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from fakes import wait_until
 from impatient.clock import FakeClock
 from impatient.errors import BadRequest
 from impatient.serving.connections import (
+    HEAD_BYTES,
     MOST_FILES,
     UNREAD_LAST,
     Guard,
@@ -86,6 +88,26 @@ def test_who_sends_no_whole_head_is_not_waited_for() -> None:
         assert reply_from(caller)[0] == 413
         caller.sendall(b"{")
         assert all_from(caller) == b""
+
+
+def test_a_head_without_an_end_is_not_kept_whatever_reads_it() -> None:
+    taken = []
+    # as httptools, which takes any length
+    reader = SimpleNamespace(
+        cycle=None, connection_made=lambda _: None, data_received=lambda data: taken.append(data)
+    )
+
+    async def send() -> list[object]:
+        transport = PlainTransport()
+        guard = Guard(reader, connections=set(), most=1, overloaded=bool, head_s=9.0)
+        guard.connection_made(transport)
+        for _ in range(1 + HEAD_BYTES // 4096):
+            assert not transport.told
+            guard.data_received(b"x" * 4096)
+        return transport.told
+
+    assert asyncio.run(send()) == ["closed"]
+    assert len(b"".join(taken)) == HEAD_BYTES + 4096
 
 
 def test_a_loop_that_is_late_once_has_stalled_and_one_that_stays_late_is_behind() -> None:

@@ -25,6 +25,8 @@ from impatient.serving.refusals import MESSAGES
 
 # Time for the head of a request. A caller that sends half a head holds a connection no longer.
 HEAD_S = 10.0
+# Longest head. h11 has this limit itself, httptools has none.
+HEAD_BYTES = 2**16
 # Time between requests on one connection.
 KEEP_ALIVE_S = 30
 # Time that what was refused may go on sending, so that it sees the reply.
@@ -89,6 +91,8 @@ class Guard(asyncio.Protocol):
         self._overloaded = overloaded
         self._head_s = head_s
         self._refused = False
+        # bytes of a head that has not ended
+        self._head = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -112,7 +116,13 @@ class Guard(asyncio.Protocol):
             return
         self._inner.data_received(data)
         if self._is_answering():
+            self._head = 0
             self._cancel()
+            return
+        if self._between_requests():
+            self._head += len(data)
+        if self._head > HEAD_BYTES:
+            self._transport.close()
         elif self._timer is None:
             self._close_after(self._head_s)
 
