@@ -117,8 +117,12 @@ class Position(Ambient):
         visited: whether an exit is being visited, in the modes of the run.
     """
 
-    exit: int | None = -1
-    visited = False
+    __slots__ = ("exit", "visited")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exit: int | None = -1
+        self.visited = False
 
 
 class StagedExit(Exit):
@@ -389,21 +393,6 @@ class StagedRun(Run):
         Must be advanced and closed on the thread that first advanced it.
     """
 
-    # Rows of the present exit to go on with; None for all.
-    _rows: Tensor | None = None
-    # Number of rows of later exits; None if it was not changed.
-    _size: int | None = None
-    # What a straight forward that is under way does at exits.
-    _visit: Visit | None = None
-    # Whether it leaves, or has left.
-    _left = False
-    # What a visit raised.
-    _error: BaseException | None = None
-    # None before the first stage and after the last.
-    _runner: _Forward | None = None
-    _owner: threading.Thread | None = None
-    _finished = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -414,6 +403,8 @@ class StagedRun(Run):
         keep: bool = False,
         mask: Tensor | None = None,
     ) -> None:
+        # None before the first stage and after the last; first, because `__del__` asks for it.
+        self._runner: _Forward | None = None
         self._position = Position()
         self._model: nn.Module | None = model
         self._x = x
@@ -422,6 +413,20 @@ class StagedRun(Run):
         self._keep = keep
         self._mask = mask
         self._shrinks: Callable[[Any], bool] | None = shrinks
+        # Rows of the present exit to go on with; None for all.
+        self._rows: Tensor | None = None
+        # Number of rows of later exits; None if it was not changed.
+        self._size: int | None = None
+        # What a straight forward that is under way does at exits.
+        self._visit: Visit | None = None
+        # How often it has called each module before a cut.
+        self._calls: dict[nn.Module, int] = {}
+        # Whether it leaves, or has left.
+        self._left = False
+        # What a visit raised.
+        self._error: BaseException | None = None
+        self._owner: threading.Thread | None = None
+        self._finished = False
 
     def __next__(self) -> StagedExit:
         if self._finished:
@@ -542,7 +547,6 @@ class StagedRun(Run):
         position = self._position
         model: Any = self._model
         here = position.here()
-        self._calls: dict[nn.Module, int] = {}
         self._visit = visit
         try:
             if here:

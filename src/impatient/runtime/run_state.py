@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from impatient.anytime import Exit, Network, Run, begin
@@ -78,26 +77,6 @@ class RunState:
         Use it on one thread, in inference mode. Only `cancel` may be called from any thread.
     """
 
-    # Until something else is known; few stores, because every run makes a state.
-    exit: Exit | None = None
-    stages_s = heads_s = decisions_s = 0.0
-    following = 0
-    # Seconds of the first stage and its head, the head as profiled.
-    first_s = 0.0
-    # Instant at which the latest stage began.
-    began = 0.0
-    # None where nothing is computed in the background.
-    device: torch.device | None = None
-    # Batches of several samples have one, once they have begun.
-    _progress: BatchProgress | None = None
-    # The network's run. None before the first stage and after closing.
-    _run: Run | None = None
-    _closed = False
-    # Whether the run ends where it answers first.
-    _over = False
-    # Whether the policy stops at this exit. None: it was not asked yet.
-    _stopped: bool | None = None
-
     def __init__(
         self,
         plan: Plan,
@@ -106,8 +85,8 @@ class RunState:
         policy: Policy | None,
     ) -> None:
         tensor = x if isinstance(x, Tensor) else first_tensor(x)
-        if not tensor.is_cpu:
-            self.device = tensor.device
+        # None where nothing is computed in the background.
+        self.device = None if tensor.is_cpu else tensor.device
         self._plan = plan
         self._now = plan.now
         self._last = plan.last
@@ -115,6 +94,22 @@ class RunState:
         self._x: Any = x
         self.samples = samples
         self.spent: list[tuple[int, bool]] = []
+        self.exit: Exit | None = None
+        self.stages_s = self.heads_s = self.decisions_s = 0.0
+        self.following = 0
+        # Seconds of the first stage and its head, the head as profiled.
+        self.first_s = 0.0
+        # Instant at which the latest stage began.
+        self.began = 0.0
+        # Batches of several samples have one, once they have begun.
+        self._progress: BatchProgress | None = None
+        # The network's run. None before the first stage and after closing.
+        self._run: Run | None = None
+        self._closed = False
+        # Whether the run ends where it answers first.
+        self._over = False
+        # Whether the policy stops at this exit. None: it was not asked yet.
+        self._stopped: bool | None = None
         self._cancelling = threading.Lock()
 
     @property

@@ -406,24 +406,21 @@ class ContractRun:
         Must be run and closed on one thread.
     """
 
-    # What the present call was given.
-    _begin = 0.0
-    _deadline = NEVER
-    _limits: tuple[Limit, ...] = ()
-    # Budgets of single rows; None where all have the same.
-    _rows: RowBudgets | None = None
-    # The deadline that comes first.
-    _earliest = NEVER
-    # Whether there is a deadline or a limit.
-    _bounded = False
-    # Why the run stops at the present exit; None if it goes on.
-    _stopped_by: StoppedBy | None = None
-    # Outputs and exits where the run has stopped.
-    _found: tuple[Tensor, tuple[int, ...]]
-
     def __init__(self, runner: Runner, x: Any, *, observe: bool = True) -> None:
         self._runner = runner
         self._observes = observe
+        # What the present call was given.
+        self._begin = 0.0
+        self._deadline = NEVER
+        self._limits: tuple[Limit, ...] = ()
+        # Budgets of single rows; None where all have the same.
+        self._rows: RowBudgets | None = None
+        # The deadline that comes first.
+        self._earliest = NEVER
+        # Whether there is a deadline or a limit.
+        self._bounded = False
+        # Why the run stops at the present exit; None if it goes on.
+        self._stopped_by: StoppedBy | None = None
         self._state = runner._new_state(x)
         self._choose_predictor(self._state.samples)
 
