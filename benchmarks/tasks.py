@@ -451,7 +451,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "",
         "* A short training: with exits the last one learns about an epoch later. CIFAR-10 lost",
         "  3.7 points in 8 epochs (one seed) and loses none in 24 (three), masks lost 5.5 in 6",
-        "  (one) and lose 1.2 in 18 (two).",
+        "  (one) and lose 1.5 in 18 (three).",
         "* A training that is too long on few samples: exits make the network fit them sooner, and",
         "  then too well (diabetes). Train for fewer epochs.",
         "* A loop whose turns add up: what makes a good early turn goes too far at the last one.",
