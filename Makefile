@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-# a file stays in one process, so that its fixtures are made once; a process has one thread
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# a file stays in one process, so that its fixtures are made once; a process has one thread;
+# where one dies, the run ends at once and says so, in place of hanging
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest -n $(JOBS) --dist loadfile \
+	--max-worker-restart 0
 
 demo: $(VENV)/.installed  ## the main job on the bundled digits, under 3 minutes
 	$(BIN)/impatient demo runs/demo
