@@ -15,7 +15,8 @@ checkouts must know the calls of version 0.1.0.
 
 "new / old" is the median over the rounds of the ratio of their times, with its 95 % interval by
 order statistics. "new / new" is the same with this checkout against itself: what the machine alone
-makes of equal code.
+makes of equal code. Rows that stay keep the commits that they were measured with; the machine below
+is that of the latest.
 """
 
 from __future__ import annotations
