@@ -47,7 +47,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +54,6 @@ import torch
 from common import KEPT, Row, ratio_of_means, run_cases, twin
 from torch import Tensor, nn
 
-# the papers' networks
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from impatient import Deadline, Runner, attach_exits, load_data, load_model, profile
 from impatient.errors import DataError
 from impatient.evaluation.metrics import proportion

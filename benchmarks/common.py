@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # git-ignored: exported networks, trained weights, finished cases
 KEPT = ROOT / "runs" / "bench"
+# for scripts that use the papers' data and networks
+sys.path.insert(0, str(ROOT))
 
 Row = dict[str, object]
 # by name and number of things in it

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,6 @@ import numpy as np
 import torch
 from common import RESULTS, ROOT, Row, write_results
 
-# the papers' data
-sys.path.insert(0, str(ROOT))
 import impatient
 from impatient.evaluation.recording import Recording
 from impatient.files import read_json, write_json, write_text

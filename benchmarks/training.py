@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
-from pathlib import Path
 
 import torch
 from common import median_interval, write_results
@@ -24,8 +22,6 @@ from impatient.networks import MultiExitNetwork, PreActResNet
 from impatient.networks.anytimenet import AnytimeNet
 from impatient.training import Preprocess
 from impatient.training.examples import ArrayExamples
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from papers.throughput import PRECISIONS, Mode, step_rates
 
 # with the output, 5 exits of 15 blocks
