@@ -44,7 +44,9 @@ def as_text(table: Table, *, rest: str, width: int = 100) -> str:
         width: most characters of a line.
     """
     page = io.StringIO()
-    Console(file=page, width=width, color_system=None).print(rich_table(table, width, rest))
+    # in a notebook rich would show the table there, and write nothing
+    console = Console(file=page, width=width, color_system=None, force_jupyter=False)
+    console.print(rich_table(table, width, rest))
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 

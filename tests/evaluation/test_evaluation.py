@@ -110,7 +110,9 @@ def test_a_row_is_what_one_computes_by_hand(
     assert row.shares == pytest.approx(shares)
 
 
-def test_values_print_as_people_read_them(judged):
+@pytest.mark.parametrize("in_notebook", [False, True])
+def test_values_print_as_people_read_them(judged, in_notebook, monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: in_notebook)
     recording = hand_made()
     lines = str(judged).splitlines()
     for row in judged.rows:

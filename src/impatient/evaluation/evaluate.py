@@ -115,7 +115,9 @@ class StaticBaseline:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Evaluation(Stored, made_by="`impatient evaluate`"):
-    """A judgement on one split; print it to see its table.
+    """A judgement on one split.
+
+    Print it to see its table.
 
     Attributes:
         rows: exits, policies, networks without exits, oracle.

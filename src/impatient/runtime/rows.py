@@ -275,7 +275,10 @@ def largest(limits: Limits | None) -> Mapping[Unit, float] | None:
 
 
 def _is_listed(most: Any) -> bool:
-    """Tell whether a limit is a list with one for each row; what else is wrong, others say."""
+    """Tell whether a limit is a list with one for each row.
+
+    What else is wrong with it, others say.
+    """
     return isinstance(most, Sized) and not isinstance(most, str)
 
 
