@@ -256,12 +256,30 @@ def in_engine(
 ) -> MultiExitNetwork | EngineNetwork:
     """Export a network to an engine once, and load it from then on.
 
-    It is kept under runs/bench/engines, because exporting resnet50 takes a minute.
     Args:
         key: name of the network and its cuts; other weights are noticed without it.
     """
     if engine in ("eager", "compile"):
         return to_engine(network, engine, example=example, threads=threads)
+    folder = engine_folder(
+        network, engine, example=example, threads=threads, key=key, precision=precision
+    )
+    return load_engine(folder, threads=threads)
+
+
+def engine_folder(
+    network: MultiExitNetwork,
+    engine: str,
+    *,
+    example: Tensor,
+    threads: int,
+    key: str,
+    precision: str = "fp32",
+) -> Path:
+    """Export a network to an engine, unless that was done, and return where it is.
+
+    It is kept under runs/bench/engines, because exporting resnet50 takes a minute.
+    """
     weights = fingerprint_tensors(network.state_dict())
     folder = KEPT / "engines" / f"{key}-{engine}-{precision}-{weights}"
     if not folder.is_dir():
@@ -269,7 +287,7 @@ def in_engine(
         export(
             network, folder, engine=engine, example=example, threads=threads, precision=precision
         )
-    return load_engine(folder, threads=threads)
+    return folder
 
 
 def run_cases(
