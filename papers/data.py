@@ -152,33 +152,44 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def subset(data: Data, train: int | None, seed: int, *, validation: int | None = None) -> Data:
+def subset(
+    data: Data,
+    train: int | None,
+    seed: int,
+    *,
+    validation: int | None = None,
+    test: int | None = None,
+) -> Data:
     """Reduce the training examples of a data set, evenly over classes where possible.
-
-    The test split stays as it is.
 
     Args:
         data: from `load_data`.
         train: how many training examples to keep; None, or more than there are, keeps all.
         seed: of the choice.
         validation: likewise for the validation split.
+        test: likewise for the test split, whose choice is the same for all seeds.
     """
-    wanted = {"train": train, "validation": validation}
-    splits = {split: _part(data.examples(split), wanted.get(split), seed) for split in data.splits}
+    wanted = {"train": train, "validation": validation, "test": test}
+    splits = {
+        split: _part(data.examples(split), wanted.get(split), 0 if split == "test" else seed)
+        for split in data.splits
+    }
     if all(len(splits[split].labels) == data.size(split) for split in splits):
         return data
-    fingerprint = fingerprint_bytes(
-        data.fingerprint.encode(), f"{train}|{validation}|{seed}".encode()
-    )
+    which = f"{train}|{validation}|{seed}" + ("" if test is None else f"|{test}")
+    fingerprint = fingerprint_bytes(data.fingerprint.encode(), which.encode())
     return dataclasses.replace(data, splits=splits, fingerprint=fingerprint)
 
 
-def load(name: str, *, train: int | None, validation: int | None, seed: int) -> Data:
+def load(
+    name: str, *, train: int | None, validation: int | None, seed: int, test: int | None = None
+) -> Data:
     """Load a data set with `data_spec`, `load_data` and `subset`.
 
     `seed` determines the validation split and the choice of examples.
     """
-    return subset(load_data(data_spec(name), seed=seed), train, seed, validation=validation)
+    data = load_data(data_spec(name), seed=seed)
+    return subset(data, train, seed, validation=validation, test=test)
 
 
 def _part(examples: Examples, count: int | None, seed: int) -> Examples:

@@ -40,6 +40,7 @@ class Case:
 
     Attributes:
         data, images, validation: see `papers.data.load`; nothing is chosen by the validation split.
+        test: how many test images judge; None takes all.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     epochs: int
     batch_size: int
     augment: Literal["none", "crop", "crop-flip"]
+    test: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ class Training:
         calibration: training images from which own batch-norm statistics are computed; None takes
             all.
         precision: of Lightning Fabric.
+        weights: of the iterations' losses, as `parse_weights` reads them; the paper's by default.
     """
 
     lr: float
@@ -67,6 +70,7 @@ class Training:
     calibration: int | None
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     weight_decay: float = 1e-4
+    weights: str = "inverse_square"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +79,12 @@ class Net:
 
     Attributes:
         counts: block counts of each section, iteration by iteration.
+        outs: one OUT for all iterations, as in the paper, or one for each.
     """
 
     width: int
     counts: tuple[growth.Counts, ...] = growth.PAPER.counts
+    outs: Literal["shared", "own"] = "shared"
 
     @property
     def schedule(self) -> growth.Schedule:
@@ -265,14 +271,14 @@ def train(
         Per kind of batch-norm statistics what `judged` says of the test split; training seconds and
         last training loss.
     """
-    data = load(case.data, train=case.images, validation=case.validation, seed=seed)
+    data = load(case.data, train=case.images, validation=case.validation, seed=seed, test=case.test)
     torch.manual_seed(seed)
     network = build(net, kind, data)
     checkpoint = folder / "checkpoint.safetensors"
     history = fit(
         network,
         data,
-        weights="inverse_square",
+        weights=training.weights,
         recipe=recipe_of(case, training, seed),
         fabric=_fabric(training),
         checkpoint=checkpoint,
@@ -307,7 +313,12 @@ def build(net: Net, kind: Kind, data: Data) -> AnytimeNet | MultiExitNetwork:
     channels = data.preprocess.channels
     if kind == "anytime":
         return AnytimeNet(
-            data.num_classes, net.schedule, width=net.width, in_channels=channels, norms="shared"
+            data.num_classes,
+            net.schedule,
+            width=net.width,
+            in_channels=channels,
+            outs=net.outs,
+            norms="shared",
         )
     plain = BaseResNet(data.num_classes, net.schedule.final, net.width, channels)
     return attach_exits(plain, after=[], example=data.example())
@@ -326,6 +337,7 @@ def with_own_norms(
         net.schedule,
         width=net.width,
         in_channels=data.preprocess.channels,
+        outs=net.outs,
         norms="own",
     )
     own.load_state_dict(trained.state_dict())

@@ -227,7 +227,7 @@ def _made(scale: Scale, results: Results) -> str:
     processors = sorted({str(result["processor"]) for result in results.values()})
     how = scale.training
     training = (
-        f"Learning rate {how.lr} ({how.schedule}), weights of the losses inverse_square, "
+        f"Learning rate {how.lr} ({how.schedule}), weights of the losses {how.weights}, "
         f"{scale.net.width} channels; {_counted(len(trained), 'training')}, "
         f"{sum(result['seconds'] for result in trained) / 3600:.2f} hours of training in all. The "
         "test split is used for these tables alone. "

@@ -212,6 +212,11 @@ def test_a_subset_changes_the_fingerprint_and_leaves_the_test_split(digits):
     assert torch.equal(small.examples("train").inputs, again.examples("train").inputs)
     assert len({small.fingerprint, other.fingerprint, digits.fingerprint}) == 3
     assert data.subset(digits, None, seed=0) is digits
+    # of the test split all seeds are judged on the same part
+    parts = [data.subset(digits, None, seed=seed, test=90) for seed in (1, 2)]
+    assert [part.size("test") for part in parts] == [90, 90]
+    assert torch.equal(parts[0].examples("test").labels, parts[1].examples("test").labels)
+    assert parts[0].size("train") == digits.size("train")
 
 
 def test_without_the_shared_folder_the_error_says_where_it_was_looked_for(tmp_path, monkeypatch):
