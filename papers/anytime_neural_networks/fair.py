@@ -127,16 +127,14 @@ def best_rates(
 def milestone_errors(result: Mapping[str, Any]) -> list[float]:
     """Return the test error in per cent at each share of the cost, of the deepest exit within.
 
-    A network without early exits has one answer, at the end; there is none at the other shares.
+    Where there is none, it is not a number.
     """
-    errors = result["test_error"]
+    errors = [float("nan"), *(100.0 * error for error in result["test_error"])]
     costs = np.cumsum(result["stage_macs"])
-    if len(errors) == 1:
-        return [float("nan")] * (len(SHARES) - 1) + [100.0 * errors[0]]
-    places = [
-        int(np.searchsorted(costs, share * costs[-1] * (1 + 1e-9), "right")) for share in SHARES
+    return [
+        errors[int(np.searchsorted(costs, share * costs[-1] * (1 + 1e-9), "right"))]
+        for share in SHARES
     ]
-    return [100.0 * errors[max(place - 1, 0)] for place in places]
 
 
 def run(scale: FairScale, folder: Path, workers: int = 1) -> dict[str, dict[str, Any]]:

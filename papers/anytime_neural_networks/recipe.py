@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -18,13 +18,14 @@ from impatient.files import read_tensors, write_tensors
 from impatient.networks.ensemble import EANN
 from impatient.networks.resnet import PreActResNet
 from impatient.provenance import machine
+from impatient.recipe import Sampler
 from impatient.training.balancing import AdaLoss
+from impatient.training.weights import every
 from papers.data import load
 from papers.jobs import Job
 
 WEIGHTINGS = ("const", "linear", "half_end", "sieve", "exp_lin", "adaloss")
-Sampler = Literal["none", "alternating"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+SAMPLERS: tuple[Sampler, ...] = ("none", "alternating")
 ENSEMBLES = ("sieve", "exp_lin", "const", "linear")
 SHAPES = {"digits": (1, 8, 8), "fashion": (1, 28, 28), "cifar10": (3, 32, 32)}
 # of the total cost: the milestones
@@ -60,8 +61,9 @@ class Net:
 
     Attributes:
         depth: only its first blocks, and the classifier; None keeps all.
-        weights: of the exits after every block; None trains the network without early exits (OPT).
+        weights: of the exits; None trains the network without early exits (OPT).
         sampler: "alternating" is AANN.
+        period: there is an exit after every block, or after every second, third and so on.
     """
 
     n: int
@@ -69,6 +71,7 @@ class Net:
     depth: int | None = None
     weights: str | None = None
     sampler: Sampler = "none"
+    period: int = 1
 
     @property
     def blocks(self) -> int:
@@ -269,9 +272,10 @@ def time_jobs(scale: Scale) -> list[Job]:
 
 
 def build(net: Net, channels: int, size: tuple[int, int], num_classes: int) -> MultiExitNetwork:
-    """Build an untrained network, with an exit after every block or without exits."""
+    """Build an untrained network, with an exit after every block or fewer, or without exits."""
     backbone = PreActResNet(num_classes, net.n, net.c, channels, depth=net.depth)
-    after = [] if net.weights is None else [f"blocks.{index}" for index in range(net.blocks - 1)]
+    early = [] if net.weights is None else every(net.blocks, net.period)[:-1]
+    after = [f"blocks.{index}" for index in early]
     return attach_exits(
         backbone, after=after, heads="relu_linear", example=torch.zeros(1, channels, *size)
     )
