@@ -320,7 +320,7 @@ def _imagenet(pair: Pair, seed: int, folder: Path) -> dict[str, Any]:
 
 def probe_pretrained(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
     """ORIG: linear SVMs on every exit's features of the network that never saw the target."""
-    target = _target(pair, settings, seed)
+    target = target_of(pair, settings, seed)
     return _probes(_pretrained(pair, target, seed, folder), pair, target)
 
 
@@ -329,7 +329,7 @@ def fine_tune(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dic
 
     The network's own accuracy is the static comparison.
     """
-    target = _target(pair, settings, seed)
+    target = target_of(pair, settings, seed)
     network = _without_exits(_pretrained(pair, target, seed, folder), target)
     _fit(network, target, "const", settings.training, seed, folder)
     result = {"alone": _judged(network, target), **_probes(network.backbone, pair, target)}
@@ -350,7 +350,7 @@ def train_jointly(
 
     An exit weighs as much as the probability that its answer is the last in time.
     """
-    target = _target(pair, settings, seed)
+    target = target_of(pair, settings, seed)
     network = with_exits(_pretrained(pair, target, seed, folder), pair, target, standardised_linear)
     recipe, given = settings.training, None
     if head_lr is not None:
@@ -388,7 +388,8 @@ def standardised_linear(features: FeatureShape, num_classes: int) -> nn.Module:
     return nn.Sequential(relu, pool, nn.BatchNorm1d(features.channels), linear)
 
 
-def _target(pair: Pair, settings: Settings, seed: int) -> Data:
+def target_of(pair: Pair, settings: Settings, seed: int) -> Data:
+    """Load the target's data, with pixels as the pretrained network takes them."""
     target = data.load(pair.target, train=settings.train, validation=settings.validation, seed=seed)
     if pair.source != IMAGENET:
         return target

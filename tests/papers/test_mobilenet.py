@@ -84,7 +84,7 @@ def test_a_run_begins_with_imagenets_weights_and_its_kind_of_images(stored, tmp_
     assert recipe.pretrain(pair=pair, settings=LONG.settings, seed=0, folder=source) == {
         "validation": []
     }
-    target = recipe._target(pair, dataclasses.replace(LONG.settings, train=100), seed=0)
+    target = recipe.target_of(pair, dataclasses.replace(LONG.settings, train=100), seed=0)
     low, high = (
         target.preprocess(torch.tensor([[[[value]]]], dtype=torch.uint8)) for value in (0, 255)
     )
