@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from impatient import CostProfile, Recording
+from impatient import CostProfile, Recording, attach_exits
+from impatient.files import read_tensors
 from impatient.networks.heads import FeatureShape, build_head
 from papers.impatient_dnn import designs
 from papers.impatient_dnn.designs import DESIGNS, PLANS
+from papers.impatient_dnn.recipe import target_of
 
 PLAN = dataclasses.replace(PLANS["smoke"], epochs=4)
 
@@ -114,9 +116,30 @@ def test_the_best_head_is_chosen_on_validation_and_exits_are_compared_with_a_lin
     assert len(list(designs.rows_of(found))) == len(DESIGNS)
 
 
-def test_the_smoke_scale_runs_and_its_heads_answer_in_the_network_as_on_stored_maps(
-    tmp_path, monkeypatch
-) -> None:
+def test_stored_maps_are_what_the_heads_see_in_the_network(tmp_path) -> None:
+    plan = PLANS["smoke"]
+    designs.compute_features(plan, 0, folder=tmp_path)
+    target = target_of(plan.pair, plan.settings, 0)
+    backbone = designs.backbone_of(plan.pair, target, 0)
+    cuts = plan.pair.cuts()
+    network = attach_exits(backbone, after=cuts, heads="flatten", example=target.example())
+    network.eval()
+    for split in designs.SPLITS:
+        stored, _ = read_tensors(tmp_path / f"{split}.safetensors")
+        rows = list(range(40))
+        labels = target.examples(split).labels
+        assert torch.equal(stored["labels"], labels)
+        images = target.preprocess(target.examples(split).take(rows))
+        with torch.inference_mode():
+            expected = network(images)
+        heads = [*network.heads, backbone.get_submodule("classifier")]
+        for head, place, output in zip(heads, (*cuts, "classifier"), expected, strict=True):
+            answered = designs.answers(head, stored[place][:40])
+            assert torch.allclose(answered, output, atol=1e-2)
+            assert output.std() > 0.05
+
+
+def test_the_smoke_scale_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(designs, "DESIGNS", {name: DESIGNS[name] for name in ("linear", "flatten")})
     designs.main(["--scale", "smoke", "--runs", str(tmp_path), "--out", str(tmp_path)])
     assert (tmp_path / "smoke" / "flatten-seed0" / "result.json").is_file()
