@@ -71,7 +71,9 @@ def facts() -> str:
         for name in ("onnxruntime", "openvino")
         if name in sys.modules or _installed(name)
     }
-    command = " ".join(["python", *([sys.argv[0]] if sys.argv[0] else []), *sys.argv[1:]])
+    script = Path(sys.argv[0]).absolute()
+    named = script.relative_to(ROOT) if script.is_relative_to(ROOT) else sys.argv[0]
+    command = " ".join(["python", *filter(None, [str(named), *sys.argv[1:]])])
     return (
         f"{here['processor']}, {torch.get_num_threads()} torch threads at the end; "
         f"{platform.system()} {platform.release()}; "

@@ -2,9 +2,12 @@
 
 Writes docs/coverage.md.
 
-python -m benchmarks.coverage --no-times             what works, about ten minutes
-python -m benchmarks.coverage                        also what staging costs, on an idle machine;
-only what is missing runs python -m benchmarks.coverage --only resnet --again  these once more
+    # what works, about ten minutes
+    python -m benchmarks.coverage --no-times
+    # also what staging costs, on an idle machine; only what is missing runs
+    python -m benchmarks.coverage
+    # these once more
+    python -m benchmarks.coverage --only resnet --again
 
 Each architecture runs in a process of its own with a time limit; its row is in results/coverage.csv
 as soon as it is known.

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tyro
 from rich.console import Console
 
+from impatient.characters import visible
 from impatient.errors import ImpatientError, StorageError
 from impatient.provenance import own_version
-from impatient.terminal import rich_table, visible
+from impatient.terminal import rich_table
 from impatient.verbs import (
     bench_serve,
     compare,

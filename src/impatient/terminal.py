@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import textwrap
 from typing import Literal
 
@@ -13,26 +12,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from impatient.characters import visible
 from impatient.table import Cell, Column, Table
 
-# Characters that a terminal obeys, turns around or cannot print; not line ends and tabs.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # spaces between two columns
 GAP = 2
 # a first column is folded rather than wider than this, where the terminal is narrow
 NARROW_NAMES = 24
-
-
-def visible(text: str) -> str:
-    r"""Show the characters that would control a terminal, as JSON writes them.
-
-    Names in files of somebody else's may hold them.
-
-    Example:
-        >>> print(visible("ant\x1b[2J"))
-        ant\u001b[2J
-    """
-    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def as_text(table: Table, *, rest: str, width: int = 100) -> str:

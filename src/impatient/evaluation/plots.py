@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from impatient.budgets import Budget
+from impatient.characters import visible
 from impatient.costs import CostProfile, Quantiles, Statistic
 from impatient.errors import StorageError
 from impatient.evaluation.evaluate import Evaluation, Kind, Row
-from impatient.evaluation.templates import visible
 from impatient.files import written_whole
 from impatient.table import milliseconds, percent
 

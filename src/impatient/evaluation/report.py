@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from impatient.budgets import Budget
+from impatient.characters import visible
 from impatient.costs import Cost, CostProfile
 from impatient.evaluation.advice import advice, bolder, without_loss
 from impatient.evaluation.evaluate import Evaluation, Row
@@ -46,7 +47,7 @@ from impatient.evaluation.tables import (
     evaluation_table,
     real_times_table,
 )
-from impatient.evaluation.templates import own_file, rendered, visible
+from impatient.evaluation.templates import own_file, rendered
 from impatient.policies.policy import Policy
 from impatient.policies.rules import scores_of
 from impatient.policies.targets import FittedTo

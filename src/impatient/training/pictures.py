@@ -17,7 +17,7 @@ from impatient.errors import DataError
 from impatient.networks.transforms import Resizing, Transform
 from impatient.portable.pictures import PictureError, orientation, plain
 from impatient.training.options import DataOptions
-from impatient.training.split_names import visible
+from impatient.training.split_names import unhidden
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def class_files(folder: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     others: list[Path] = []
     empty: list[str] = []
-    for entry in visible(folder):
+    for entry in unhidden(folder):
         if not entry.is_dir():
             others.append(entry)
             continue
@@ -231,6 +231,6 @@ def _below(folder: Path, above: Sequence[Path]) -> list[Path]:
     if here in above:
         return []
     files: list[Path] = []
-    for path in visible(folder):
+    for path in unhidden(folder):
         files += _below(path, (*above, here)) if path.is_dir() else [path]
     return sorted(files)

@@ -38,10 +38,10 @@ def split_folders(root: Path) -> Mapping[str, Path]:
     Raises:
         DataError: if two folders could be the same split.
     """
-    folders = {path.name: path for path in visible(root) if path.is_dir()}
+    folders = {path.name: path for path in unhidden(root) if path.is_dir()}
 
     def holds_folders(name: str) -> bool:
-        return any(map(Path.is_dir, visible(folders[name])))
+        return any(map(Path.is_dir, unhidden(folders[name])))
 
     # A folder of pictures is a class, whatever it is called.
     names = split_names(folders, str(root), loose=holds_folders)
@@ -104,7 +104,7 @@ def _holding(kind: Set[str], words: Mapping[str, Set[str]]) -> list[str]:
     return [name for name, own in words.items() if own & kind]
 
 
-def visible(folder: Path) -> list[Path]:
+def unhidden(folder: Path) -> list[Path]:
     """List what is in a folder, but for what is hidden, in the order of names.
 
     Raises:

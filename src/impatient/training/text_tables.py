@@ -12,7 +12,7 @@ from typing import Any
 
 from impatient.errors import DataError
 from impatient.training.options import DataOptions
-from impatient.training.split_names import split_names, visible
+from impatient.training.split_names import split_names, unhidden
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def table_files(path: Path) -> Mapping[str, Path]:
             "folder with train and test as such files."
         )
     found: dict[str, Path] = {}
-    for file in visible(path):
+    for file in unhidden(path):
         if file.suffix.lower() in SUFFIXES and file.is_file():
             if file.stem in found:
                 raise DataError(
