@@ -140,7 +140,8 @@ def test_stored_maps_are_what_the_heads_see_in_the_network(tmp_path) -> None:
 
 
 def test_the_smoke_scale_runs(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(designs, "DESIGNS", {name: DESIGNS[name] for name in ("linear", "flatten")})
+    few = dataclasses.replace(PLANS["smoke"], designs=("linear", "flatten"))
+    monkeypatch.setitem(PLANS, "smoke", few)
     designs.main(["--scale", "smoke", "--runs", str(tmp_path), "--out", str(tmp_path)])
     assert (tmp_path / "smoke" / "flatten-seed0" / "result.json").is_file()
     text = (tmp_path / "designs.md").read_text()
