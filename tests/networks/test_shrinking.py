@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from impatient.anytime import Exit
 from impatient.errors import NetworkError
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.networks.shrinking import kind_of, probe
@@ -249,6 +250,34 @@ def test_features_inside_another_value_are_reduced_there(wrap: Any, unwrap: Any)
         run.keep([3, 1])
         assert_rows(next(run).output(), whole[1], [3, 1])
         assert_rows(next(run).output(), whole[2], [3, 1])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("way", ["paused", "straight"])
+def test_kept_rows_stay_in_their_memory_format(layout: torch.memory_format, way: str) -> None:
+    convolutions = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)]
+    backbone = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    x = torch.randn(5, 4, 6, 6)
+    network = attach_exits(backbone, example=x, after=["0"]).eval()
+    network.to(memory_format=layout)
+    seen: list[Tensor] = []
+
+    def kept(exit: Exit) -> bool:
+        if exit.index == 0:
+            run.keep([3, 1])
+        return False
+
+    with torch.inference_mode(), network.exits(x.to(memory_format=layout)) as run:
+        network.shrinks(x)
+        backbone[1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        if way == "straight":
+            run.walk(kept)
+        else:
+            for exit in run:
+                kept(exit)
+    [features] = seen
+    assert len(features) == 2
+    assert features.is_contiguous(memory_format=layout)
 
 
 def test_keep_before_the_first_exit_or_after_the_last_is_an_error() -> None:

@@ -222,7 +222,7 @@ class _Forward(greenlet.greenlet):
         # It was thrown in above; again, in case the model's own code has caught it.
         if self.closing:
             raise greenlet.GreenletExit
-        return None if rows is None else _with_features(output, features, features[rows])
+        return None if rows is None else _with_features(output, features, _kept(features, rows))
 
 
 def _forwards() -> None:
@@ -314,6 +314,14 @@ def _with_features(output: Any, features: Tensor, onward: Tensor) -> Any:
         return onward if value is features else value
 
     return map_leaves(changed, output)
+
+
+def _kept(features: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows of features, in the same memory format."""
+    if features.is_contiguous():
+        # A third of the time of features[rows]; it would give up channels_last.
+        return features.index_select(0, rows.to(features.device))
+    return features[rows]
 
 
 def install(modules: Sequence[nn.Module]) -> None:
@@ -607,7 +615,7 @@ class StagedRun(Run):
         if rows is None:
             return None
         self._rows = None
-        return _with_features(output, features, features[rows])
+        return _with_features(output, features, _kept(features, rows))
 
     def _called(self, visit: Visit, index: int, features: Tensor) -> bool:
         return visit(self._exit_at(index, features))
