@@ -4,7 +4,7 @@
 
     # exports, once, a minute; the machine may be busy
     python benchmarks/batching.py --prepare
-    # about 10 minutes; a run that was stopped goes on where it was
+    # about 12 minutes; a run that was stopped goes on where it was
     python benchmarks/batching.py
     # seconds, to see that it runs
     python benchmarks/batching.py --smoke
