@@ -21,6 +21,8 @@ from papers.data import ROOT
 from papers.jobs import Job, finished, run_jobs
 
 HERE = Path(__file__).parent
+# the name of exits that are trained for longer, beside the names of cases
+BETTER = "exits"
 
 
 class Table(StrEnum):
@@ -57,7 +59,8 @@ def main(
     case: Annotated[
         str | None,
         tyro.conf.arg(
-            help="Selection on one data set alone, with tables of its own; by default everything."
+            help="Selection on one data set alone, or `exits`, early exits trained for longer and "
+            "jointly, with tables of its own; by default everything."
         ),
     ] = None,
     publish: Publish = False,
@@ -82,12 +85,14 @@ def main(
 
 
 def _of_case(scale: Scale, name: str | None) -> Scale:
-    """Leave selection on one data set, if one is named."""
+    """Leave selection on one data set, or the better exits, if named."""
     if name is None:
         return scale
+    if name == BETTER:
+        return dataclasses.replace(scale, cases=(), exits=scale.better)
     cases = tuple(case for case in scale.cases if case.name == name)
     if not cases:
-        known = ", ".join(case.name for case in scale.cases)
+        known = ", ".join([*(case.name for case in scale.cases), BETTER])
         raise SystemExit(f"Error: no case {name!r} at this scale; there are {known}.")
     return dataclasses.replace(scale, cases=cases, exits=())
 

@@ -6,12 +6,14 @@ A job is one network on one data set, or the heads of one network.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from impatient import (
@@ -29,6 +31,7 @@ from impatient.networks.cascade import Cascade
 from impatient.policies import split_recording
 from impatient.provenance import fingerprint_bytes, machine, provenance
 from impatient.training.data import Split
+from papers.adaptive_neural_networks.cached import Stopping, features_of, train_head
 from papers.adaptive_neural_networks.networks import (
     CIFAR_MEAN,
     CIFAR_STD,
@@ -37,6 +40,7 @@ from papers.adaptive_neural_networks.networks import (
 )
 from papers.data import load, shared_folder
 from papers.jobs import Job
+from papers.throughput import chosen_precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,21 +102,24 @@ class Case:
 class Exits:
     """Early exits on one network of a case.
 
-    The backbone stays as it is, and only the heads are trained.
-
     Attributes:
         case: whose data and protocol are used.
         after: modules after which the exits lie.
+        way: "frozen": the backbone stays as it is, and the heads are trained together for some
+            epochs; "cached": likewise, but each until it stops improving, on cached features;
+            "joint": all is trained together, from the network with cached heads on.
     """
 
     case: Case
     net: Net
     after: tuple[str, ...]
     training: Training
+    way: Literal["frozen", "cached", "joint"] = "frozen"
 
     @property
     def name(self) -> str:
-        return f"{self.case.name}-{self.net.name}-exits"
+        kind = "exits" if self.way == "frozen" else f"exits-{self.way}"
+        return f"{self.case.name}-{self.net.name}-{kind}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,12 +129,14 @@ class Timing:
     Attributes:
         repeats: of each network or stage.
         images: that are run for real.
-        loss: accuracy that the policy which is run for real may lose.
+        losses: accuracy that each policy which is run for real may lose, of selection.
+        exit_losses: likewise of early exits.
     """
 
     repeats: int
     images: int
-    loss: float
+    losses: tuple[float, ...]
+    exit_losses: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,10 +165,15 @@ class Judging:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """All there is to do."""
+    """All there is to do.
+
+    Attributes:
+        better: exits that are trained for longer, with tables of their own.
+    """
 
     cases: tuple[Case, ...]
     exits: tuple[Exits, ...]
+    better: tuple[Exits, ...]
     timing: Timing
     judging: Judging
 
@@ -176,6 +190,7 @@ PRETRAINED = tuple(
 )
 # every two or three blocks, from the end of the first stage on
 CUTS = {
+    "resnet20": ("layer1.2", "layer2.0", "layer2.2", "layer3.0", "layer3.1"),
     "resnet32": ("layer1.4", "layer2.1", "layer2.4", "layer3.0", "layer3.2"),
     "resnet56": (
         "layer1.8",
@@ -249,6 +264,21 @@ def _exits(case: Case, names: Sequence[str], training: Training) -> tuple[Exits,
     )
 
 
+def _better(exits: Sequence[Exits], *epochs: int, lr: float = 0.02) -> tuple[Exits, ...]:
+    """Exits with heads on cached features, and then trained jointly for so many epochs each."""
+    made: list[Exits] = []
+    for one, count in zip(exits, epochs, strict=True):
+        cached = Training(epochs=60, lr=0.1, batch_size=128)
+        joint = Training(epochs=count, lr=lr, batch_size=128, augment="crop-flip")
+        # all that is held out says when a head stops improving
+        case = dataclasses.replace(one.case, validation=None)
+        made += [
+            dataclasses.replace(one, case=case, training=cached, way="cached"),
+            dataclasses.replace(one, case=case, training=joint, way="joint"),
+        ]
+    return tuple(made)
+
+
 DIGITS = Case(
     name="digits",
     data="digits",
@@ -264,6 +294,15 @@ DIGITS = Case(
             ("narrow", "depth=8,width=4", 2),
             ("wide", "depth=14,width=8", 3),
         )
+    ),
+)
+
+DIGITS_EXITS = (
+    Exits(
+        case=DIGITS,
+        net=DIGITS.nets[-1],
+        after=("layer1.1", "layer2.1"),
+        training=Training(epochs=1, lr=0.1, batch_size=32),
     ),
 )
 
@@ -289,15 +328,9 @@ SCALES = {
                 blocks=1,
             ),
         ),
-        exits=(
-            Exits(
-                case=DIGITS,
-                net=DIGITS.nets[-1],
-                after=("layer1.1", "layer2.1"),
-                training=Training(epochs=1, lr=0.1, batch_size=32),
-            ),
-        ),
-        timing=Timing(repeats=20, images=20, loss=0.02),
+        exits=DIGITS_EXITS,
+        better=_better(DIGITS_EXITS, 1),
+        timing=Timing(repeats=20, images=20, losses=(0.02,), exit_losses=(0.02,)),
         judging=Judging(
             splits=2,
             prices=5,
@@ -322,7 +355,10 @@ SCALES = {
         exits=_exits(
             CPU_CIFAR, ("resnet32", "resnet56"), Training(epochs=2, lr=0.05, images=12_000)
         ),
-        timing=Timing(repeats=300, images=600, loss=0.01),
+        better=_better(
+            _exits(CPU_CIFAR, ("resnet20", "resnet56"), Training(epochs=1, lr=0.02)), 4, 2
+        ),
+        timing=Timing(repeats=300, images=1000, losses=(0.0, 0.01), exit_losses=(0.01, 0.02, 0.05)),
         judging=Judging(
             splits=10,
             prices=30,
@@ -347,7 +383,10 @@ SCALES = {
         exits=_exits(
             GPU_CIFAR, ("resnet32", "resnet56"), Training(epochs=20, lr=0.1, batch_size=128)
         ),
-        timing=Timing(repeats=300, images=1000, loss=0.01),
+        better=_better(
+            _exits(GPU_CIFAR, ("resnet20", "resnet56"), Training(epochs=1, lr=0.02)), 60, 60
+        ),
+        timing=Timing(repeats=300, images=1000, losses=(0.0, 0.01), exit_losses=(0.01, 0.02, 0.05)),
         judging=Judging(
             splits=20,
             prices=30,
@@ -374,15 +413,18 @@ def stages(scale: Scale) -> list[list[Job]]:
 
     The jobs of a group may run at the same time.
     """
-    nets = [
-        Job(key(case, net), make, {"case": case, "net": net})
-        for case in scale.cases
-        for net in case.nets
+    of_cases = [(case, net) for case in scale.cases for net in case.nets]
+    under_exits = [(made.case, made.net) for made in scale.exits if made.net.training is not None]
+    nets = {
+        key(case, net): Job(key(case, net), make, {"case": case, "net": net})
+        for case, net in [*of_cases, *under_exits]
+    }
+    exits = [(made.way, Job(made.name, train_exits, {"exits": made})) for made in scale.exits]
+    return [
+        [*nets.values()],
+        [job for way, job in exits if way != "joint"],
+        [job for way, job in exits if way == "joint"],
     ]
-    heads = {made.name: Job(made.name, train_heads, {"exits": made}) for made in scale.exits}
-    early = [heads[made.name] for made in scale.exits if made.net.training is None]
-    late = [heads[made.name] for made in scale.exits if made.net.training is not None]
-    return [[*nets, *early], late]
 
 
 def make(case: Case, net: Net, *, folder: Path) -> dict[str, Any]:
@@ -417,21 +459,67 @@ def make(case: Case, net: Net, *, folder: Path) -> dict[str, Any]:
     }
 
 
-def train_heads(exits: Exits, *, folder: Path) -> dict[str, Any]:
-    """Attach exits to a trained network, train their heads, and record all exits.
+def train_exits(exits: Exits, *, folder: Path) -> dict[str, Any]:
+    """Attach exits to a trained network, train them in their way, and record all exits.
 
     The recordings include the features.
     """
     data = data_of(exits.case, exits.training)
-    network = with_exits(exits, built(exits.case, exits.net, folder.parent), data)
-    result = _train(network, data, exits.training, "frozen", folder)
+    if exits.way == "joint":
+        network = built_exits(dataclasses.replace(exits, way="cached"), folder.parent)
+        result = _train_jointly(exits, network, data, folder)
+    else:
+        network = with_exits(exits, built(exits.case, exits.net, folder.parent), data)
+        if exits.way == "cached":
+            result = _train_cached(network, data, exits.training)
+        else:
+            result = _train(network, data, exits.training, "frozen", folder)
     write_tensors(
-        folder / "heads.safetensors",
-        _plain(network.heads.state_dict()),
+        folder / "weights.safetensors",
+        _plain(network.state_dict()),
         {"kind": "weights", "job": folder.name},
     )
     accuracy = _recorded(network, data, exits.case, folder)
     return {**result, "accuracy": accuracy, "processor": machine(_device(network))["processor"]}
+
+
+def _train_cached(network: MultiExitNetwork, data: Data, how: Training) -> dict[str, Any]:
+    begin = time.perf_counter()
+    train, validation = (
+        features_of(network, data, split, how.batch_size) for split in ("train", "validation")
+    )
+    stopping = Stopping(lr=how.lr, longest=how.epochs, batch_size=how.batch_size)
+    losses = [
+        train_head(head, *features, stopping, seed=0)
+        for head, *features in zip(network.early_heads(), train, validation, strict=True)
+    ]
+    return {
+        "images": data.size("train"),
+        "seconds": time.perf_counter() - begin,
+        "epochs": [len(found["train_loss"]) for found in losses],
+        "losses": losses,
+    }
+
+
+def _train_jointly(
+    exits: Exits, network: MultiExitNetwork, data: Data, folder: Path
+) -> dict[str, Any]:
+    """Train in the faster precision; the last exit weighs as much as all others together."""
+    images, labels = next(data.batches("train", exits.training.batch_size))
+    trial = with_exits(exits, build(exits.net, data), data)
+    precision = chosen_precision(
+        trial, images, torch.as_tensor(labels), folder / "precision.json", repeats=3
+    )
+    result = _train(
+        network,
+        data,
+        exits.training,
+        "joint",
+        folder,
+        weights="half_end",
+        fabric=Fabric(accelerator="auto", devices=1, precision=precision),
+    )
+    return {**result, "precision": precision}
 
 
 def _train(
@@ -440,6 +528,9 @@ def _train(
     how: Training,
     regime: Literal["joint", "frozen"],
     folder: Path,
+    *,
+    weights: str | None = None,
+    fabric: Fabric | None = None,
 ) -> dict[str, Any]:
     checkpoint = folder / "checkpoint.safetensors"
     recipe = Recipe(
@@ -451,7 +542,15 @@ def _train(
         regime=regime,
         channels_last=data.preprocess.size is not None,
     )
-    history = fit(network, data, recipe=recipe, checkpoint=checkpoint, progress=False)
+    history = fit(
+        network,
+        data,
+        weights=weights,
+        recipe=recipe,
+        fabric=fabric,
+        checkpoint=checkpoint,
+        progress=False,
+    )
     checkpoint.unlink(missing_ok=True)
     return {
         "images": data.size("train"),
@@ -514,11 +613,10 @@ def with_exits(exits: Exits, backbone: nn.Module, data: Data) -> MultiExitNetwor
 
 
 def built_exits(exits: Exits, runs: Path) -> MultiExitNetwork:
-    """Build a network with the heads that `train_heads` has trained."""
-    network = with_exits(
-        exits, built(exits.case, exits.net, runs), data_of(exits.case, exits.training)
-    )
-    network.heads.load_state_dict(read_tensors(runs / exits.name / "heads.safetensors")[0])
+    """Build a network with the weights that `train_exits` has left."""
+    data = data_of(exits.case, exits.training)
+    network = with_exits(exits, build(exits.net, data), data)
+    network.load_state_dict(read_tensors(runs / exits.name / "weights.safetensors")[0])
     return network.eval()
 
 

@@ -74,45 +74,67 @@ def name(what: Case | Exits) -> str:
 
 
 def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, Any]:
-    """Measure all networks of a case, a decision, and a cascade run for real.
+    """Measure all networks of a case, a decision, and cascades run for real.
 
     Returns:
-        "costs", a profile; "node_s"; "gate_s" by learner, and of a "threshold"; the networks
-        "used"; and what `really` says of them.
+        "costs", a profile; "node_s"; "gate_s" by learner, and of a "threshold"; and the "runs", one
+        for each loss, as `selection_run` has them.
     """
     device = _device()
     data = recipe.data_of(case)
     networks = [recipe.built(case, net, folder.parent) for net in case.nets]
     cascade = Cascade(networks, case.names).to(device).eval()
     costs = profile(cascade, data.example().to(device), repeats=timing.repeats, max_seconds=120.0)
+    fit, judged = parts_of(recordings_of(case, folder.parent), SEED)
     node_s = node_times_s(costs)
-    recordings = recordings_of(case, folder.parent)
-    fit, judged = parts_of(recordings, SEED)
     gate_s = {learner: decision_s(fit, node_s, learner) for learner in LEARNERS}
     gate_s["threshold"] = threshold_s(fit)
-    kept, policy = fastest(fit, node_s, timing.loss, gate_s["logistic"])
-    part = (
-        Cascade([networks[node] for node in kept], [case.names[node] for node in kept])
-        .to(device)
-        .eval()
-    )
-    part_costs = profile(part, data.example().to(device), repeats=timing.repeats, max_seconds=120.0)
-    run = really(
-        Runner(part.routed(policy), part_costs),
-        part.networks[-1],
-        _images(case, recordings, timing.images, device),
-        only(first_of(judged, timing.images), kept),
-        policy,
-    )
-    used = " -> ".join(policy.topology.nodes[node] for node in policy.visits)
+    runs = [
+        selection_run(
+            cascade,
+            _images(case, recordings_of(case, folder.parent), timing.images, device),
+            fastest(fit, node_s, loss, gate_s["logistic"]),
+            first_of(judged, timing.images),
+            timing.repeats,
+        )
+        | {"loss": loss}
+        for loss in timing.losses
+    ]
     return {
         "costs": to_plain(costs),
         "node_s": list(node_s),
         "gate_s": gate_s,
-        "used": used,
-        **run,
+        "runs": runs,
         **machine(device),
     }
+
+
+def selection_run(
+    cascade: Cascade,
+    images: Sequence[Tensor],
+    chosen: tuple[Sequence[int], SelectionPolicy],
+    recorded: Recording,
+    repeats: int,
+) -> dict[str, Any]:
+    """Run the networks of a policy for real.
+
+    Args:
+        cascade: of all networks.
+        images: batches of one.
+        chosen: of `fastest`.
+        recorded: the same samples, on all networks.
+        repeats: of the measurement that the prediction goes by.
+    Returns:
+        The networks "used", and what `really` says of them.
+    """
+    kept, policy = chosen
+    networks = [cascade.networks[node] for node in kept]
+    part = Cascade(networks, [cascade.exit_names[node] for node in kept]).eval()
+    costs = profile(part, images[0], repeats=repeats, max_seconds=120.0)
+    run = really(
+        Runner(part.routed(policy), costs), networks[-1], images, only(recorded, kept), policy
+    )
+    return {"used": " -> ".join(policy.topology.nodes[node] for node in policy.visits), **run}
 
 
 def fastest(
@@ -149,8 +171,8 @@ def measure_exits(exits: Exits, timing: Timing, *, folder: Path) -> dict[str, An
     """Measure all stages, heads and gates, and run confidence gates for real.
 
     Returns:
-        "costs", a profile; "gate_s" by what gates look at and learner; the exits "used"; and what
-        `really` says.
+        "costs", a profile; "gate_s" by what gates look at and learner; and the "runs", one for each
+        loss: the exits "used", and what `really` says.
     """
     device = _device()
     data = recipe.data_of(exits.case)
@@ -163,21 +185,23 @@ def measure_exits(exits: Exits, timing: Timing, *, folder: Path) -> dict[str, An
         f"{inputs}, {learner}": gate_seconds(fit, costs, inputs, learner)
         for inputs, learner in kinds
     }
-    with _quietly():
-        policy = fit_gates(
-            fit, costs, max_accuracy_loss=timing.loss, gate_s=gate_s["confidences, logistic"]
+    images = _images(exits.case, recordings, timing.images, device)
+    runs = []
+    for loss in timing.exit_losses:
+        with _quietly():
+            policy = fit_gates(
+                fit, costs, max_accuracy_loss=loss, gate_s=gate_s["confidences, logistic"]
+            )
+        looked = [name for exit, name in enumerate(network.exit_names) if policy.looks_at(exit)]
+        run = really(
+            Runner(network, costs, policy),
+            network.backbone,
+            images,
+            first_of(judged, timing.images),
+            policy,
         )
-    run = really(
-        Runner(network, costs, policy),
-        network.backbone,
-        _images(exits.case, recordings, timing.images, device),
-        first_of(judged, timing.images),
-        policy,
-    )
-    used = " -> ".join(
-        name for exit, name in enumerate(network.exit_names) if policy.looks_at(exit)
-    )
-    return {"costs": to_plain(costs), "gate_s": gate_s, "used": used, **run, **machine(device)}
+        runs.append({"loss": loss, "used": " -> ".join(looked), **run})
+    return {"costs": to_plain(costs), "gate_s": gate_s, "runs": runs, **machine(device)}
 
 
 def decision_s(fit: Recording, node_s: Sequence[float], learner: Learner) -> float:
@@ -241,8 +265,9 @@ def really(
         policy: as fitted, for the prediction.
     Returns:
         Per image "policy_s" and "full_s", measured, "predicted_s", and whether the answers of the
-        run and of the recording are "right" and "recorded_right" and come the "same" way;
-        "profiled_full_s", which predictions go by.
+        run and of the recording are "right" and "recorded_right" and come the "same" way, and
+        whether the full network's is, on the recording ("full_right"); "profiled_full_s", which
+        predictions go by.
     """
     measured: dict[str, list[Any]] = {"policy_s": [], "full_s": [], "right": [], "way": []}
 
@@ -273,6 +298,7 @@ def really(
         **measured,
         "predicted_s": expected.contract_s.tolist(),
         "recorded_right": hits.bool().tolist(),
+        "full_right": recorded.quality[-1].bool().tolist(),
         "same": [one == other for one, other in zip(ways, expected.exits.tolist(), strict=True)],
         "profiled_full_s": runner.costs.exit_free_s(),
         "asked": dict(policy.target),
@@ -327,6 +353,7 @@ def real_row(what: str, result: Mapping[str, Any], draws: int = 2000) -> dict[st
     profiled = float(result["profiled_full_s"])
     return {
         "what": what,
+        "asked to lose": 100.0 * result["loss"],
         "used": result["used"],
         "images": count,
         "measured ms": 1e3 * float(policy.mean()),
@@ -340,6 +367,7 @@ def real_row(what: str, result: Mapping[str, Any], draws: int = 2000) -> dict[st
         "speed-up predicted": profiled / float(predicted.mean()),
         "accuracy %": _percent(result["right"]),
         "recorded accuracy %": _percent(result["recorded_right"]),
+        "full network %": _percent(result["full_right"]),
         "same way %": _percent(result["same"]),
     }
 
@@ -355,6 +383,7 @@ def raw_rows(what: str, result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     ):
         yield {
             "what": what,
+            "asked to lose": 100.0 * result["loss"],
             "image": place,
             "policy_s": own,
             "full_s": full,

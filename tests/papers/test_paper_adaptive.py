@@ -404,7 +404,7 @@ def test_a_real_run_takes_what_its_networks_take() -> None:
     assert result["full_s"] == [5.0] * 60
     assert all(result["same"])
     assert result["right"] == result["recorded_right"]
-    result["used"] = "0 -> 1"
+    result |= {"used": "0 -> 1", "loss": 0.01}
     row = times.real_row("planted", result)
     assert row["measured over predicted"] == 1.0
     assert (
@@ -488,18 +488,23 @@ def planted(speed: float, broken: int) -> tables.Found:
         "exits": [{"exit": "output", "s": 1.0, "accuracy": 0.9}],
         "full": {"s": 1.0, "accuracy": 0.9},
     }
-    real = {
+    run = {
         "policy_s": [0.5, 0.5],
         "full_s": [1.0, 1.0],
         "predicted_s": [0.5, 0.4],
         "right": [True, False],
         "same": [True, True],
         "recorded_right": [True, False],
+        "full_right": [True, True],
         "profiled_full_s": 1.0,
+        "used": "resnet8 -> resnet56",
+        "loss": 0.01,
+    }
+    real = {
+        "runs": [run],
         "gate_s": {"logistic": 1e-4},
         "threads": 1,
         "processor": "abacus",
-        "used": "resnet8 -> resnet56",
     }
     names = [case.name for case in SCALES["cpu"].cases] + [
         exits.name for exits in SCALES["cpu"].exits
@@ -533,7 +538,12 @@ def test_claims_follow_the_numbers() -> None:
     # 1 of 20 is 5 %
     assert {well[name].verdict for name in kept} == {"yes"}
     assert {badly[name].verdict for name in kept} == {"no"}
-    (real,) = [claim for name, claim in well.items() if "real run" in name]
+    (fast,) = [claim for name, claim in well.items() if "in a real run asked to lose 1" in name]
+    assert fast.verdict == "no"
+    assert fast.ours == "2.00 (2.00 to 2.00) times, at +50.0 points lost on these 2 images"
+    (share,) = [claim for name, claim in well.items() if "what the oracle does" in name]
+    assert (share.verdict, share.ours) == ("yes", "86 ± 0 %")
+    (real,) = [claim for name, claim in well.items() if "takes what was predicted" in name]
     assert (real.verdict, real.ours) == ("no", "1.111 of it; the full network 1.000 of its profile")
 
 
@@ -561,6 +571,7 @@ def test_the_page_and_the_files_hold_the_numbers(tmp_path: Path) -> None:
         "claims.csv",
         "curves.csv",
         "exits_cifar10-resnet32-exits.png",
+        "gains_cifar10-resnet32-exits.png",
         "guarantees.csv",
         "results.md",
         "selection_cifar10.png",
