@@ -30,9 +30,9 @@ class Stopping:
     """
 
     lr: float = 0.1
-    patience: int = 2
+    patience: int = 1
     falls: int = 2
-    longest: int = 60
+    longest: int = 40
     batch_size: int = 128
 
 
