@@ -262,14 +262,12 @@ def answers(head: nn.Module, maps: Tensor) -> Tensor:
 
 
 def _times(costs: CostProfile, network: MultiExitNetwork) -> dict[str, Any]:
-    """Return medians in seconds: of each early head alone, and of the network without exits."""
+    """Return medians in seconds: of each early head alone, and until each exit's answer."""
     early = len(network.heads)
-    contract = costs.contract_s(statistic="p50")
     heads = [each.p50 for each in costs.batches[1].heads[:early]]
     return {
         "head_s": heads,
-        "until_s": list(contract),
-        "exit_free_s": costs.exit_free_s(statistic="p50"),
+        "until_s": list(costs.contract_s(statistic="p50")),
         "head_macs": list(costs.head_macs[:early]),
     }
 
@@ -290,8 +288,8 @@ def stopped(validation: Recording, test: Recording, costs: CostProfile) -> list[
         rows.append(
             {
                 "allowed": loss,
-                "faster_on_validation": costs.exit_free_s(statistic="p50") / seconds["validation"],
-                "faster": costs.exit_free_s(statistic="p50") / seconds["test"],
+                "seconds_on_validation": seconds["validation"],
+                "seconds": seconds["test"],
                 "lost": float(test.quality[-1].mean() - hits.mean()),
                 "early": float((exits < costs.num_exits - 1).float().mean()),
             }
@@ -301,7 +299,17 @@ def stopped(validation: Recording, test: Recording, costs: CostProfile) -> list[
 
 def best_design(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the design whose runs are fastest on the validation split, at the largest loss."""
-    return max(results, key=lambda name: results[name]["certain"][-1]["faster_on_validation"])
+    return max(results, key=lambda name: faster(results[name], -1, "seconds_on_validation"))
+
+
+def faster(result: Mapping[str, Any], row: int, which: str = "seconds") -> float:
+    """Return how many times as fast runs are that stop early as those to the last exit.
+
+    Both are sums of the same stages' medians. The network without exits is no measure here: on a
+    core that is shared, a run of some milliseconds is interrupted more often than a stage is.
+    """
+    whole = float(result["until_s"][-1])
+    return whole / float(result["certain"][row][which])
 
 
 def rows_of(results: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -341,7 +349,7 @@ def page(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> str:
 {markdown(head_table)}
 
 The last exit, the network's own classifier on the same frozen features, is the same for all: \
-{100 * first["test"][-1]:.1f} %, {1e3 * first["exit_free_s"]:.2f} ms.
+{100 * first["test"][-1]:.1f} %, {1e3 * first["until_s"][-1]:.2f} ms from the start.
 
 {markdown([_certain_row(design, result) for design, result in results.items()])}
 
@@ -349,7 +357,7 @@ The last exit, the network's own classifier on the same frozen features, is the 
 {plan.epochs} epochs of AdamW, each head's rate chosen by the {counts["validation"]:,} validation \
 images from {", ".join(f"{rate:g}" for rate in plan.rates)}; thresholds fitted on these, judged on \
 {counts["test"]:,} test images; one seed. Times: medians of {plan.repeats} at batch size 1, while \
-other programs ran; of runs by recordings and profile, over the network without exits. \
+other programs ran; of runs by recordings and profile, against the last exit without the others. \
 {made_by(str(first["processor"]), "papers.impatient_dnn.designs")}"""
 
 
@@ -379,18 +387,18 @@ def _verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _certain(result: Mapping[str, Any]) -> str:
     return "; ".join(
-        f"{row['faster']:.2f} times as fast, {100 * row['lost']:+.1f} points lost, where "
+        f"{faster(result, place):.2f} times as fast, {100 * row['lost']:.1f} points lost, where "
         f"{100 * row['allowed']:g} were allowed on validation"
-        for row in result["certain"]
+        for place, row in enumerate(result["certain"])
     )
 
 
 def _certain_row(design: str, result: Mapping[str, Any]) -> dict[str, str]:
     row = {"head": design}
-    for found in result["certain"]:
+    for place, found in enumerate(result["certain"]):
         allowed = f"at most {100 * found['allowed']:g} lost"
         row |= {
-            f"{allowed}: times as fast": f"{found['faster']:.2f}",
+            f"{allowed}: times as fast": f"{faster(result, place):.2f}",
             f"{allowed}: points lost": f"{100 * found['lost']:.1f}",
             f"{allowed}: stop early, %": f"{100 * found['early']:.0f}",
         }

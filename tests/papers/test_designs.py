@@ -61,12 +61,12 @@ def recording(split: str, sure: int, right: int) -> Recording:
 
 
 def test_runs_that_are_certain_stop_and_what_they_lose_is_judged_on_the_test_split() -> None:
-    costs = CostProfile.of(stages_s=[1.0, 9.0], exit_free_s=10.0)
+    costs = CostProfile.of(stages_s=[1.0, 9.0])
     rows = designs.stopped(recording("validation", 6, 6), recording("test", 8, 7), costs)
     assert [row["allowed"] for row in rows] == list(designs.LOSSES)
     # all are right at the first exit on validation, and one is not on the test split
-    assert rows[0]["faster_on_validation"] == pytest.approx(10.0)
-    assert rows[0]["faster"] == pytest.approx(10.0)
+    assert rows[0]["seconds_on_validation"] == pytest.approx(1.0)
+    assert rows[0]["seconds"] == pytest.approx(1.0)
     assert (rows[0]["lost"], rows[0]["early"]) == (pytest.approx(0.1), 1.0)
     # where the first exit's doubts are errors, only those that are sure stop
     doubtful = recording("validation", 6, 6)
@@ -75,7 +75,8 @@ def test_runs_that_are_certain_stop_and_what_they_lose_is_judged_on_the_test_spl
     doubtful = Recording.of(outputs, doubtful.labels, split="validation")
     row = designs.stopped(doubtful, recording("test", 8, 7), costs)[0]
     assert (row["early"], row["lost"]) == (pytest.approx(0.8), pytest.approx(0.1))
-    assert row["faster"] == pytest.approx(10.0 / 2.8)
+    assert row["seconds"] == pytest.approx(2.8)
+    assert designs.faster({"until_s": [1.0, 10.0], "certain": [row]}, 0) == pytest.approx(10 / 2.8)
 
 
 def results(first: dict[str, float], faster: dict[str, float]):
@@ -87,15 +88,14 @@ def results(first: dict[str, float], faster: dict[str, float]):
             "rates": [0.1, 0.1],
             "head_s": [0.001],
             "until_s": [0.002, 0.01],
-            "exit_free_s": 0.01,
             "head_macs": [2_000_000],
             "counts": {"train": 200, "validation": 100, "test": 1000},
             "processor": "abacus",
             "certain": [
                 {
                     "allowed": allowed,
-                    "faster_on_validation": faster.get(design, 1.0),
-                    "faster": 1.5,
+                    "seconds_on_validation": 0.01 / faster.get(design, 1.0),
+                    "seconds": 0.01 / 1.5,
                     "lost": 0.012,
                     "early": 0.3,
                 }
@@ -111,7 +111,7 @@ def test_the_best_head_is_chosen_on_validation_and_exits_are_compared_with_a_lin
     assert designs.best_design(found) == "adaptive"
     text = designs.page(PLAN, found)
     assert "(95 % by the test images): mlp +10.0 (±4.3)." in text
-    assert "(adaptive): 1.50 times as fast, +1.2 points lost, where 0.5 were allowed" in text
+    assert "(adaptive): 1.50 times as fast, 1.2 points lost, where 0.5 were allowed" in text
     assert "| mlp: pool, hidden layer of 128 | 50.0 | 1.000 | 2.00 |" in text
     assert len(list(designs.rows_of(found))) == len(DESIGNS)
 
