@@ -121,7 +121,8 @@ def test_the_card_shows_the_exits_that_are_trained() -> None:
     card = (command.HERE / "README.md").read_text(encoding="utf-8")
     assert "<!-- cpu-exits -->" in card
     for exits in recipe.SCALES["cpu"].better:
-        assert f"results/cpu-exits/exits_{exits.name}.png" in card
+        figures = [f"results/cpu-exits/{kind}_{exits.name}.png" for kind in ("exits", "gains")]
+        assert all(f in card for f in figures if (command.HERE / f).is_file())
         network = recipe.load_model(
             exits.net.spec.replace("depth", "width=2,depth"), num_classes=10
         )
