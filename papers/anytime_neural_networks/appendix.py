@@ -137,9 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=list(SCALES), required=True)
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--seeds", type=int, help="by default the scale's; 12 s a training")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     scale = SCALES[options.scale]
+    scale = dataclasses.replace(scale, seeds=options.seeds or scale.seeds)
     wanted = [job(method, seed, scale) for seed in range(scale.seeds) for method in METHODS]
     results = run_jobs(wanted, options.runs / options.scale, workers=1)
     errors = errors_of(scale, results)
