@@ -76,7 +76,7 @@ SCALES = {
         n=6,
         c=8,
         blocks=16,
-        rates=(0.02, 0.06, 0.18),
+        rates=(0.02, 0.06, 0.18, 0.54),
         seeds=3,
     ),
 }
@@ -221,9 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--seeds", type=int, help="by default the scale's; 12 s a training")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     scale = SCALES[options.scale]
+    scale = dataclasses.replace(scale, seeds=options.seeds or scale.seeds)
     results = run(scale, options.runs / options.scale, options.workers)
     rows = summarised(scale, results)
     processor = str(next(iter(results.values()))["processor"])
