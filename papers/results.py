@@ -163,6 +163,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
+def sampling_half_width(shares: Sequence[float], tested: int) -> float:
+    """Return the half width of the 95 % interval of two shares' difference, by the test alone.
+
+    They are taken for those of two samples. Pairs of answers would give less.
+
+    Args:
+        shares: right answers of both, in [0, 1].
+        tested: how many test samples.
+    """
+    return 1.96 * math.sqrt(sum(share * (1 - share) / tested for share in shares))
+
+
 def judged(claim: str, paper: str, what: str, gains: Sequence[float]) -> Claim:
     """Judge a mean gain by its 95 % interval.
 

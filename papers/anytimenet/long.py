@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from impatient.files import write_text
 from papers.anytimenet.recipe import NORMS, SCALES, THIN, Case, Net, Scale, build, jobs, key
 from papers.data import load
 from papers.jobs import finished, run_jobs
-from papers.results import fill, made_by, markdown, spread
+from papers.results import fill, made_by, markdown, sampling_half_width, spread
 from papers.throughput import chosen_precision
 
 HERE = Path(__file__).parent
@@ -140,8 +139,7 @@ def _against(last: Sequence[float], plain: Sequence[float], tested: int) -> str:
     if not plain:
         return "BASELINE has not been trained at this size yet; nothing is claimed against it."
     gain = spread([run - other for run, other in zip(last, plain, strict=True)])
-    variances = [share * (100 - share) / tested for share in (last[0], plain[0])]
-    half = 1.96 * math.sqrt(sum(variances))
+    half = 100 * sampling_half_width((last[0] / 100, plain[0] / 100), tested)
     return f"""The last iteration minus BASELINE: {gain.text(sign=True)} points; of one seed, \
 the {tested:,} test images alone leave ±{half:.1f} (95 %, as if they were two samples)."""
 

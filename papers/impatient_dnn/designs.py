@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ from papers.impatient_dnn.long import LONG
 from papers.impatient_dnn.mobilenet import MobileNet, imagenet_weights
 from papers.impatient_dnn.recipe import IMAGENET, SCALES, Pair, Settings, target_of
 from papers.jobs import Job, run_jobs
-from papers.results import fill, made_by, markdown, write_csv
+from papers.results import fill, made_by, markdown, sampling_half_width, write_csv
 
 HERE = Path(__file__).parent
 RUNS = ROOT / "runs" / "papers" / "impatient_dnn" / "designs"
@@ -372,12 +371,8 @@ def _verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
     for exit in range(early):
         at = {design: result["test"][exit] for design, result in results.items()}
         best = max(at, key=at.__getitem__)
-        tested = results[best]["counts"]["test"]
         gain = at[best] - at["linear"]
-        # as if they were two samples: pairs of answers would give less
-        half = 1.96 * float(
-            np.sqrt(sum(share * (1 - share) / tested for share in (at[best], at["linear"])))
-        )
+        half = sampling_half_width((at[best], at["linear"]), results[best]["counts"]["test"])
         parts.append(f"{best} {100 * gain:+.1f} (±{100 * half:.1f})")
     return (
         "Best head of every early exit, in points over a linear one (95 % by the test images): "
