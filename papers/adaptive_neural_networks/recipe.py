@@ -504,7 +504,10 @@ def _train_cached(network: MultiExitNetwork, data: Data, how: Training) -> dict[
 def _train_jointly(
     exits: Exits, network: MultiExitNetwork, data: Data, folder: Path
 ) -> dict[str, Any]:
-    """Train in the faster precision; the last exit weighs as much as all others together."""
+    """Train in the faster precision.
+
+    The last exit weighs as much as all others together.
+    """
     images, labels = next(data.batches("train", exits.training.batch_size))
     trial = with_exits(exits, build(exits.net, data), data)
     precision = chosen_precision(

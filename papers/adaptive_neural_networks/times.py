@@ -85,14 +85,16 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
     networks = [recipe.built(case, net, folder.parent) for net in case.nets]
     cascade = Cascade(networks, case.names).to(device).eval()
     costs = profile(cascade, data.example().to(device), repeats=timing.repeats, max_seconds=120.0)
-    fit, judged = parts_of(recordings_of(case, folder.parent), SEED)
+    recordings = recordings_of(case, folder.parent)
+    fit, judged = parts_of(recordings, SEED)
     node_s = node_times_s(costs)
     gate_s = {learner: decision_s(fit, node_s, learner) for learner in LEARNERS}
     gate_s["threshold"] = threshold_s(fit)
+    images = _images(case, recordings, timing.images, device)
     runs = [
         selection_run(
             cascade,
-            _images(case, recordings_of(case, folder.parent), timing.images, device),
+            images,
             fastest(fit, node_s, loss, gate_s["logistic"]),
             first_of(judged, timing.images),
             timing.repeats,

@@ -34,7 +34,7 @@ def test_methods_differ_by_what_is_studied_alone() -> None:
 
 
 def known(**changed: list[float]) -> dict[str, np.ndarray]:
-    """Errors of two seeds; a method's by milestone are 40, 30, 20, 10 unless given."""
+    """Errors of two seeds, by milestone 40, 30, 20, 10 where none are given."""
     given = {method.replace("sieve, ", "").replace(" ", ""): method for method in METHODS}
     seeds = np.array([[0.0], [1.0]])
     return {

@@ -50,7 +50,7 @@ def test_a_head_learns_from_channels_of_any_scale_and_the_given_one_stays() -> N
 
 
 def recording(split: str, sure: int, right: int) -> Recording:
-    """Ten samples, right at the last exit; the first is sure of some and right on some of them."""
+    """Ten samples, right at the last exit, where the first is sure of some and right on some."""
     labels = torch.zeros(10, dtype=torch.long)
     outputs = torch.zeros(2, 10, 2)
     outputs[0, :sure, 1] = 9.0
