@@ -1,5 +1,6 @@
 """The bare stages that batches are held against: the same outputs, and the rows of the runs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,6 @@ from impatient.policies.rules import ThresholdPolicy, thresholds_for_shares
 from impatient.runtime.compaction import Compaction, When
 from impatient.tasks.scores import SCORES
 
-ROOT = Path(__file__).parents[2]
 MODELS = {
     "impatient:resnet:n=2,c=4": "every:2",
     "torchvision:resnet18": ["layer1", "layer2", "layer3"],
@@ -21,11 +21,8 @@ MODELS = {
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import batching
-
-    return batching
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("batching")
 
 
 @pytest.mark.parametrize("spec", MODELS)

@@ -1,6 +1,7 @@
 """The commit that stands on a page: changed code makes it "dirty", pages do not."""
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,11 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import common
-
-    return common
+def common(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("common")
 
 
 @pytest.fixture
@@ -46,3 +44,20 @@ def test_where_there_is_no_checkout_the_commit_is_unknown(
     common: ModuleType, tmp_path: Path
 ) -> None:
     assert common.commit(tmp_path) == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("called", "said"),
+    [
+        (str(ROOT / "benchmarks" / "timely.py"), "`python benchmarks/timely.py --quick`"),
+        ("timely.py", "`python benchmarks/timely.py --quick`"),
+        ("", "`python --quick`"),
+        ("/elsewhere/timely.py", "`python /elsewhere/timely.py --quick`"),
+    ],
+)
+def test_a_page_names_the_command_from_the_root_on(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch, called: str, said: str
+) -> None:
+    monkeypatch.chdir(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", [called, "--quick"])
+    assert f"Command: {said}" in common.facts()

@@ -1,7 +1,7 @@
 """The bare thread that interruptible runs are held against, and what a row says of callers."""
 
 import math
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -10,15 +10,10 @@ from torch import nn
 
 from impatient import Deadline, MultiExitNetwork, attach_exits
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import deadlines
-
-    return deadlines
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("deadlines")
 
 
 @pytest.fixture

@@ -1,22 +1,18 @@
 """What the most powerful tests leave, against exact tests of losses of 0 and 1."""
 
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
 from scipy import stats
 
-ROOT = Path(__file__).parents[2]
 SIZE, EPSILON, DELTA = 400, 0.05, 0.05
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import least_cost
-
-    return least_cost
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("least_cost")
 
 
 def nested(*risks: float, samples: int = 10_000) -> np.ndarray:

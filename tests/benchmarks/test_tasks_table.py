@@ -1,21 +1,16 @@
 """The table of tasks: what is drawn is what the targets say, and a row is made by commands."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, which finds what is beside it."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import tasks
-
-    return tasks
+def table(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("tasks")
 
 
 def test_the_boxes_are_those_of_the_masks(table: ModuleType) -> None:
