@@ -71,15 +71,20 @@ def facts() -> str:
         for name in ("onnxruntime", "openvino")
         if name in sys.modules or _installed(name)
     }
-    script = Path(sys.argv[0]).absolute()
-    named = script.relative_to(ROOT) if script.is_relative_to(ROOT) else sys.argv[0]
-    command = " ".join(["python", *filter(None, [str(named), *sys.argv[1:]])])
+    command = " ".join(["python", *_script(sys.argv[0]), *sys.argv[1:]])
     return (
         f"{here['processor']}, {torch.get_num_threads()} torch threads at the end; "
         f"{platform.system()} {platform.release()}; "
         f"{', '.join(f'{name} {version}' for name, version in (versions() | engines).items())}; "
         f"commit {commit()}; {datetime.now(UTC):%Y-%m-%d}. Command: `{command}`"
     )
+
+
+def _script(called: str) -> list[str]:
+    """Return a script's name from the root of its checkout on, if it has one."""
+    whole = Path(called).absolute()
+    named = str(whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else called
+    return [named] if called else []
 
 
 def _installed(name: str) -> bool:
