@@ -1,8 +1,9 @@
 """Trainings that take hours, one after the other: `python -m papers.anytimenet.long RUNS`.
 
-AnytimeNet and BASELINE on all of CIFAR-10, seed by seed, on one thread. The precision is the one
-in which a step was faster on this machine; RUNS/precision.json has the measurement. Stop them at
-any time; the same command goes on. Each result is in RUNS/NAME/result.json as soon as it is there.
+AnytimeNet and BASELINE on all of CIFAR-10 or GTSRB, or of the scarce case, seed by seed, on one
+thread. The precision is the one in which a step was faster on this machine; RUNS/precision.json has
+the measurement. Stop them at any time; the same command goes on. Each result is in
+RUNS/NAME/result.json as soon as it is there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from papers.results import fill, made_by, markdown, sampling_half_width, spread
 from papers.throughput import chosen_precision
 
 HERE = Path(__file__).parent
+# with their augmentations
+CASES = {case.name: case for case in SCALES["gpu"].cases}
 
 
 def long_scale(case: Case, net: Net, *, epochs: int, seeds: int, width: int) -> Scale:
@@ -71,6 +74,7 @@ def options_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("runs", type=Path, help="folder of checkpoints and results")
     parser.add_argument("--smoke", action="store_true", help="on digits, to see that it runs")
+    parser.add_argument("--case", choices=list(CASES), default="cifar10")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=THIN.width, help="channels; the paper's: 16")
@@ -79,8 +83,7 @@ def options_parser(description: str | None) -> argparse.ArgumentParser:
 
 def chosen_scale(options: argparse.Namespace) -> Scale:
     """Return the scale that the options mean, in the faster precision."""
-    # crop and mirror, every image
-    case = SCALES["gpu"].cases[0]
+    case = CASES[options.case]
     size = {"epochs": options.epochs, "seeds": options.seeds, "width": options.width}
     scale = smoke() if options.smoke else long_scale(case, THIN, **size)
     return in_faster_precision(scale, options.runs)
@@ -161,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = finished(jobs(scale), options.runs)
     else:
         results = run_jobs(jobs(scale), options.runs, workers=1, threads=1)
-    name = "long" if scale.net.width == THIN.width else f"long-{scale.net.width}"
+    kind = "" if options.case == "cifar10" else f"-{options.case}"
+    width = "" if scale.net.width == THIN.width else f"-{scale.net.width}"
+    name = f"long{kind}{width}"
     text = page(scale, results)
     if options.smoke or options.out:
         write_text((options.out or options.runs) / "long.md", text + "\n")

@@ -81,3 +81,17 @@ def test_a_training_with_written_weights_runs(tmp_path) -> None:
     result = job.call(**job.arguments, folder=tmp_path)
     assert len(result["test_error"]) == fair.SCALES["smoke"].blocks
     assert result["train_loss"][0] > 0.0
+
+
+def test_rates_may_be_chosen_by_shorter_trainings() -> None:
+    scale = dataclasses.replace(SCALE, trial_epochs=3)
+    short = fair.trial("const", 0.1, scale)
+    assert short.arguments["training"].epochs == 3
+    assert short.name != fair.job("const", 0.1, 0, scale).name
+    found = {
+        fair.trial(method, rate, scale).name: {"validation_error": [abs(rate - 0.1)]}
+        for method in METHODS
+        for rate in scale.rates
+    }
+    assert {rate for rate, _ in fair.best_rates(scale, found).values()} == {0.1}
+    assert fair.trial("const", 0.1, SCALE) == fair.job("const", 0.1, 0, SCALE)

@@ -194,6 +194,17 @@ def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(
     assert kept.quality.double().mean(1).tolist() == rounded["accuracy"]
 
 
+@pytest.mark.parametrize("name", ["cifar10", "gtsrb", "scarce"])
+def test_long_trainings_take_any_case_with_its_own_augmentation(name: str, tmp_path: Path) -> None:
+    options = long.options_parser(None).parse_args([str(tmp_path), "--case", name, "--epochs", "6"])
+    scale = long.long_scale(
+        long.CASES[options.case], long.THIN, epochs=options.epochs, seeds=1, width=8
+    )
+    (case,) = scale.cases
+    assert (case.name, case.epochs, case.batch_size) == (name, 6, 128)
+    assert case.augment == ("crop-flip" if name == "cifar10" else "crop")
+
+
 def test_long_trainings_take_the_faster_precision_once_and_keep_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
