@@ -8,7 +8,6 @@ any number of exits, and each sampler to the same on average, so that all steps 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,12 @@ import numpy as np
 import torch
 
 from impatient.files import write_text
-from papers.anytime_neural_networks.fair import SCALES, FairScale, milestone_errors
+from papers.anytime_neural_networks.fair import (
+    SCALES,
+    FairScale,
+    milestone_errors,
+    options_parser,
+)
 from papers.anytime_neural_networks.recipe import SHARES, Net, train
 from papers.data import ROOT
 from papers.jobs import Job, run_jobs
@@ -134,17 +138,12 @@ deviation. {made_by(processor, "papers.anytime_neural_networks.appendix")}"""
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, seed by seed, then write the tables and fill the card."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", choices=list(SCALES), required=True)
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seeds", type=int, help="by default the scale's; 12 s a training")
-    options = parser.parse_args(arguments)
+    options = options_parser(__doc__, RUNS, ["smoke", "cpu"]).parse_args(arguments)
     torch.set_num_threads(1)
     scale = SCALES[options.scale]
     scale = dataclasses.replace(scale, seeds=options.seeds or scale.seeds)
     wanted = [job(method, seed, scale) for seed in range(scale.seeds) for method in METHODS]
-    results = run_jobs(wanted, options.runs / options.scale, workers=1)
+    results = run_jobs(wanted, options.runs / options.scale, workers=options.workers)
     errors = errors_of(scale, results)
     text = page(scale, errors, str(results[wanted[0].name]["processor"]))
     out = options.out or HERE / "results" / f"appendix-{options.scale}"

@@ -7,8 +7,8 @@ of the first seed, and alternating weights meet static ones of the same mean: ti
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,14 +248,20 @@ def page(scale: FairScale, rows: Sequence[Mapping[str, Any]], processor: str) ->
     )
 
 
+def options_parser(description: str | None, runs: Path, scales: Sequence[str]) -> ArgumentParser:
+    """Return a parser of the options that say what is trained, and where the tables go."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--scale", choices=scales, required=True)
+    parser.add_argument("--runs", type=Path, default=runs)
+    parser.add_argument("--out", type=Path, help="folder of the tables; by default of the card")
+    parser.add_argument("--seeds", type=int, help="by default the scale's")
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the table and fill the card."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", choices=list(SCALES), required=True)
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--seeds", type=int, help="by default the scale's")
+    parser = options_parser(__doc__, RUNS, list(SCALES))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     scale = SCALES[options.scale]
