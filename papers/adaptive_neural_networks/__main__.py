@@ -21,8 +21,10 @@ from papers.data import ROOT
 from papers.jobs import Job, finished, run_jobs
 
 HERE = Path(__file__).parent
-# the name of exits that are trained for longer, beside the names of cases
+# the names of exits that are trained for longer, and of those that name several classes, beside
+# the names of cases
 BETTER = "exits"
+SEVERAL = "top5"
 
 
 class Table(StrEnum):
@@ -59,8 +61,9 @@ def main(
     case: Annotated[
         str | None,
         tyro.conf.arg(
-            help="Selection on one data set alone, or `exits`, early exits trained for longer and "
-            "jointly, with tables of its own; by default everything."
+            help="Selection on one data set alone; or `exits`, early exits trained for longer and "
+            "jointly; or `top5`, early exits whose answers name five classes; each with tables of "
+            "its own. By default everything but these two."
         ),
     ] = None,
     publish: Publish = False,
@@ -85,14 +88,15 @@ def main(
 
 
 def _of_case(scale: Scale, name: str | None) -> Scale:
-    """Leave selection on one data set, or the better exits, if named."""
+    """Leave selection on one data set, or some of the exits, if named."""
     if name is None:
         return scale
-    if name == BETTER:
-        return dataclasses.replace(scale, cases=(), exits=scale.better)
+    apart = {BETTER: scale.better, SEVERAL: scale.several}
+    if name in apart:
+        return dataclasses.replace(scale, cases=(), exits=apart[name])
     cases = tuple(case for case in scale.cases if case.name == name)
     if not cases:
-        known = ", ".join([*(case.name for case in scale.cases), BETTER])
+        known = ", ".join([*(case.name for case in scale.cases), *apart])
         raise SystemExit(f"Error: no case {name!r} at this scale; there are {known}.")
     return dataclasses.replace(scale, cases=cases, exits=())
 

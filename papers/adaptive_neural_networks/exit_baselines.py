@@ -63,7 +63,7 @@ def soft_oracle(
         costs.cumulative("time", mode, statistic=statistic, batch_size=batch_size),
         dtype=torch.float64,
     )
-    right_KN = recording.outputs.argmax(-1) == recording.labels
+    right_KN = recording.quality.bool()
     # the first of equals
     exits_N = torch.where(right_KN, times[:, None], math.inf).argmin(0)
     instead = int(times.argmin()) if when_none_is_right == "cheapest" else len(times) - 1

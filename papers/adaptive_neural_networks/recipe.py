@@ -84,6 +84,7 @@ class Case:
             on one part of it and judged on the rest, since some networks were trained on all there
             is beside it.
         pixels: mean and deviation, if not those of the training split.
+        task: of early exits: which answers are right.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Case:
     validation: int | None = None
     fitted_on: Literal["validation", "test"] = "validation"
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    task: str = "classification"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,11 +171,13 @@ class Scale:
 
     Attributes:
         better: exits that are trained for longer, with tables of their own.
+        several: exits whose answers name several classes, with tables of their own.
     """
 
     cases: tuple[Case, ...]
     exits: tuple[Exits, ...]
     better: tuple[Exits, ...]
+    several: tuple[Exits, ...]
     timing: Timing
     judging: Judging
 
@@ -279,6 +283,21 @@ def _better(exits: Sequence[Exits], *epochs: int, lr: float = 0.02) -> tuple[Exi
     return tuple(made)
 
 
+def _signs(epochs: int, images: int | None) -> Exits:
+    """Exits with heads on cached features, on a ResNet whose answers name 5 of 43 traffic signs."""
+    training = Training(epochs=epochs, lr=0.1, images=images, batch_size=128, augment="crop")
+    net = Net(name="resnet20", spec=f"{OWN}:CifarResNet:depth=20", training=training)
+    case = Case(
+        name="gtsrb-top5",
+        data="gtsrb",
+        nets=(net,),
+        fitted_on="test",
+        task="classification:top=5",
+    )
+    heads = dataclasses.replace(training, epochs=40, augment="none")
+    return Exits(case=case, net=net, after=CUTS["resnet20"], training=heads, way="cached")
+
+
 DIGITS = Case(
     name="digits",
     data="digits",
@@ -330,6 +349,15 @@ SCALES = {
         ),
         exits=DIGITS_EXITS,
         better=_better(DIGITS_EXITS, 1),
+        several=(
+            dataclasses.replace(
+                DIGITS_EXITS[0],
+                case=dataclasses.replace(
+                    DIGITS, name="digits-top3", task="classification:top=3", validation=None
+                ),
+                way="cached",
+            ),
+        ),
         timing=Timing(repeats=20, images=20, losses=(0.02,), exit_losses=(0.02,)),
         judging=Judging(
             splits=2,
@@ -358,6 +386,7 @@ SCALES = {
         better=_better(
             _exits(CPU_CIFAR, ("resnet20", "resnet56"), Training(epochs=1, lr=0.02)), 4, 2
         ),
+        several=(_signs(5, 16_000),),
         timing=Timing(repeats=300, images=1000, losses=(0.0, 0.01), exit_losses=(0.01, 0.02, 0.05)),
         judging=Judging(
             splits=10,
@@ -386,6 +415,7 @@ SCALES = {
         better=_better(
             _exits(GPU_CIFAR, ("resnet20", "resnet56"), Training(epochs=1, lr=0.02)), 60, 60
         ),
+        several=(_signs(30, None),),
         timing=Timing(repeats=300, images=1000, losses=(0.0, 0.01), exit_losses=(0.01, 0.02, 0.05)),
         judging=Judging(
             splits=20,
@@ -612,7 +642,13 @@ def built(case: Case, net: Net, runs: Path) -> nn.Module:
 def with_exits(exits: Exits, backbone: nn.Module, data: Data) -> MultiExitNetwork:
     """Early exits with untrained heads."""
     torch.manual_seed(0)
-    return attach_exits(backbone, example=data.example(), after=exits.after, heads=strided_head)
+    return attach_exits(
+        backbone,
+        example=data.example(),
+        after=exits.after,
+        heads=strided_head,
+        task=exits.case.task,
+    )
 
 
 def built_exits(exits: Exits, runs: Path) -> MultiExitNetwork:

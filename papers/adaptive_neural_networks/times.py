@@ -271,12 +271,14 @@ def really(
         whether the full network's is, on the recording ("full_right"); "profiled_full_s", which
         predictions go by.
     """
+    task = runner.network.task
     measured: dict[str, list[Any]] = {"policy_s": [], "full_s": [], "right": [], "way": []}
 
     def by_policy(x: Tensor, label: int) -> None:
         answer = runner.run(x)
         measured["policy_s"].append(answer.elapsed_s)
-        measured["right"].append(int(answer.output.argmax(-1)) == label)
+        right = task.quality(answer.output.cpu(), torch.tensor([label]))
+        measured["right"].append(bool(right))
         measured["way"].append(answer.exits[0])
 
     def by_full(x: Tensor, label: int) -> None:

@@ -129,3 +129,33 @@ def test_the_card_shows_the_exits_that_are_trained() -> None:
         recipe.attach_exits(
             network, example=torch.zeros(1, 3, 8, 8), after=exits.after, heads=strided_head
         )
+
+
+# --- answers that name several classes ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("several")
+    run_smoke(command.main, folder, "--case", "top5")
+    return folder
+
+
+def test_answers_that_name_several_classes_are_judged_so(several: Path) -> None:
+    (exits,) = recipe.SCALES["smoke"].several
+    page = (several / "out" / "results.md").read_text()
+    assert f"**Early exits, {exits.name}**" in page
+    (recording,) = recipe.recordings_of(exits, several / "runs" / "smoke")
+    assert recording.task == exits.case.task == "classification:top=3"
+    named = recording.outputs.topk(3, -1).indices
+    truly = (named == recording.labels[:, None]).any(-1).double().mean(1)
+    alone = recording.as_task("classification").quality.double().mean(1)
+    assert recording.quality.double().mean(1).tolist() == pytest.approx(truly.tolist())
+    # a stricter judge finds fewer
+    assert (alone < truly).all()
+
+
+def test_signs_are_named_five_at_a_time() -> None:
+    (exits,) = recipe.SCALES["cpu"].several
+    assert (exits.case.data, exits.case.task) == ("gtsrb", "classification:top=5")
+    assert "<!-- cpu-top5 -->" in (command.HERE / "README.md").read_text(encoding="utf-8")
