@@ -63,11 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--one-rate", action="store_true", help="heads learn at the backbone's rate, to compare"
     )
     parser.add_argument(
+        "--heads-first",
+        action="store_true",
+        help="early heads begin as logistic regressions; all learn at the backbone's rate",
+    )
+    parser.add_argument(
         "--publish", action="store_true", help="write what is finished, and run nothing"
     )
     options = parser.parse_args(arguments)
-    scale = dataclasses.replace(LONG, head_lr=None) if options.one_rate else LONG
-    name = "long-one-rate" if options.one_rate else "long"
+    scale, name = LONG, "long"
+    if options.one_rate or options.heads_first:
+        scale = dataclasses.replace(LONG, head_lr=None, heads_first=options.heads_first)
+        name = "long-heads-first" if options.heads_first else "long-one-rate"
     gather = results_so_far if options.publish else run
     results = gather(scale, options.runs or RUNS / name, seeds=options.seeds)
     out = options.out or HERE / "results" / name

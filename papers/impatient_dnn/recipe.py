@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from impatient import (
@@ -101,6 +102,8 @@ class Scale:
         threads: of torch in each run.
         head_lr: learning rate of the early heads in joint training; by default the recipe's.
             A pretrained backbone may need a smaller one than new heads.
+        heads_first: whether early heads begin as logistic regressions on the pretrained network's
+            features, and not at random.
     """
 
     pairs: tuple[Pair, ...]
@@ -110,6 +113,7 @@ class Scale:
     threads: int
     repeats: int
     head_lr: float | None = None
+    heads_first: bool = False
 
 
 def _pairs(
@@ -267,8 +271,10 @@ def _target_jobs(
         shares = exit_weights(standard_budgets(times)[row], times, normalise=True)
         # 1 on average, as with equal weights: steps of a usual size
         weights = [len(times) * share for share in shares]
-        # without the option, arguments and fingerprints are as they always were
-        heads = {} if scale.head_lr is None else {"head_lr": scale.head_lr}
+        # without the options, arguments and fingerprints are as they always were
+        heads: dict[str, Any] = {} if scale.head_lr is None else {"head_lr": scale.head_lr}
+        if scale.heads_first:
+            heads["heads_first"] = True
         arguments = {**common, "weights": weights, **heads}
         jobs.append(Job(f"{pair.name}-joint-{row}-{seed}", train_jointly, arguments))
     return jobs
@@ -344,6 +350,7 @@ def train_jointly(
     seed: int,
     weights: Sequence[float],
     head_lr: float | None = None,
+    heads_first: bool = False,
     folder: Path,
 ) -> dict[str, Any]:
     """Train all exits together from the pretrained weights.
@@ -352,6 +359,8 @@ def train_jointly(
     """
     target = target_of(pair, settings, seed)
     network = with_exits(_pretrained(pair, target, seed, folder), pair, target, standardised_linear)
+    if heads_first:
+        fit_heads(network, _features(network.backbone, pair, target, "train"))
     recipe, given = settings.training, None
     if head_lr is not None:
         recipe = dataclasses.replace(recipe, lr=head_lr, backbone_lr=recipe.lr)
@@ -386,6 +395,28 @@ def standardised_linear(features: FeatureShape, num_classes: int) -> nn.Module:
     """
     relu, pool, linear = build_head("relu_linear", features, num_classes).children()
     return nn.Sequential(relu, pool, nn.BatchNorm1d(features.channels), linear)
+
+
+def fit_heads(network: MultiExitNetwork, features: Recording) -> None:
+    """Begin with early heads that a logistic regression has fitted to features as they are.
+
+    Args:
+        network: with heads of `standardised_linear`.
+        features: pooled, of the training split, at every exit of the network.
+    """
+    assert features.features is not None
+    for head, own in zip(network.early_heads(), features.features, strict=False):
+        norm, linear = list(head.children())[-2:]
+        assert isinstance(norm, nn.BatchNorm1d)
+        assert isinstance(linear, nn.Linear)
+        deviation, mean = torch.std_mean(own, dim=0, correction=0)
+        norm.running_mean.copy_(mean)  # type: ignore[union-attr]
+        norm.running_var.copy_(deviation.square())  # type: ignore[union-attr]
+        scaled = (own - mean) / (deviation.square() + norm.eps).sqrt()
+        fitted = LogisticRegression(C=0.1, max_iter=1000).fit(scaled, features.labels)
+        with torch.no_grad():
+            linear.weight.copy_(torch.from_numpy(fitted.coef_))
+            linear.bias.copy_(torch.from_numpy(fitted.intercept_))
 
 
 def target_of(pair: Pair, settings: Settings, seed: int) -> Data:

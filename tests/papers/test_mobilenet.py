@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 
 from impatient.files import read_tensors
 from papers import data
@@ -94,3 +95,26 @@ def test_a_run_begins_with_imagenets_weights_and_its_kind_of_images(stored, tmp_
     imagenet_weights(expected, stored[0])
     for name, value in expected.blocks.state_dict(prefix="blocks.").items():
         assert torch.equal(kept[name], value), name
+
+
+def test_early_heads_may_begin_as_logistic_regressions() -> None:
+    pair = recipe.SCALES["smoke"].pairs[1]
+    settings = dataclasses.replace(recipe.SCALES["smoke"].settings, train=400)
+    target = recipe.target_of(pair, settings, 0)
+    network = recipe.with_exits(
+        recipe._backbone(pair, target, 0), pair, target, recipe.standardised_linear
+    ).eval()
+    seen = recipe._features(network.backbone, pair, target, "train")
+    before = recipe._judged(network, target)["test"]
+    recipe.fit_heads(network, seen)
+    after = recipe._judged(network, target)["test"]
+    # the backbone and its own classifier stay as they are
+    assert after[-1] == before[-1]
+    assert all(fitted > random for fitted, random in zip(after[:-1], before, strict=False))
+    own = seen.features[0]
+    scaled = (own - own.mean(0)) / own.std(0)
+    known = LogisticRegression(C=0.1, max_iter=1000).fit(scaled, seen.labels)
+    with torch.inference_mode():
+        (inputs, _) = next(target.batches("train", 64))
+        output = network(inputs)[0]
+    assert np.abs(output.numpy() - known.decision_function(scaled[:64])).max() < 0.1
