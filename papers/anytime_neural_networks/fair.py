@@ -85,10 +85,10 @@ SCALES = {
     "cifar10": FairScale(
         training=Training(
             data="cifar10",
-            images=16_000,
+            images=8_000,
             validation=2_000,
             epochs=7,
-            batch_size=32,
+            batch_size=16,
             lr=0.0,
             schedule="cosine",
             augment="crop-flip",
