@@ -25,10 +25,11 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
-    """Precision and memory layout of a training step."""
+    """How a training step is computed: precision, memory layout, and whether by torch.compile."""
 
     precision: Precision
     channels_last: bool
+    compiled: bool = False
 
 
 def step_rates(
@@ -56,11 +57,12 @@ def _steps(network: nn.Module, images: Tensor, labels: Tensor, mode: Mode) -> It
     layout = torch.channels_last if mode.channels_last else torch.contiguous_format
     inputs = images.to(memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+    called = torch.compile(network) if mode.compiled else network
     while True:
         network.train().to(memory_format=layout)  # type: ignore[call-overload]
         begin = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=mode.precision == "bf16-mixed"):
-            losses = [nn.functional.cross_entropy(out.float(), labels) for out in network(inputs)]
+            losses = [nn.functional.cross_entropy(out.float(), labels) for out in called(inputs)]
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         optimizer.step()
