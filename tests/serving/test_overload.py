@@ -78,6 +78,8 @@ def test_who_sends_no_whole_head_is_not_waited_for() -> None:
     with serving(Gated(), head_s=0.2) as (_service, port):
         assert all_from(connected(port)) == b""
         assert all_from(connected(port, b"POST /v2/models/net/infer HT")) == b""
+        # a head, and no body
+        assert all_from(connected(port, HEAD % 9)) == b""
         # half a head after a whole request
         caller = connected(port, HEALTH)
         assert reply_from(caller)[0] == 200

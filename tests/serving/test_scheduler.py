@@ -370,6 +370,47 @@ def test_ours_is_below_the_fluid_bound_and_above_networks_without_exits(load: fl
         assert ours.timely_quality >= simulate(model, rival, **given_).timely_quality
 
 
+class AskedEachTime(GreedyGain):
+    """Ours, whose scheduler decides everything in full."""
+
+    def deepens(self, one) -> bool:
+        return False
+
+
+def test_a_request_that_is_alone_goes_on_as_if_everything_were_decided_in_full() -> None:
+    dice = np.random.default_rng(0)
+    samples = 50
+    scores_KN = dice.random((3, samples))
+    # a later exit may be worse
+    quality_KN = np.clip(scores_KN + dice.normal(0.0, 0.3, scores_KN.shape), 0.0, 1.0)
+    model = ServedModel(
+        name="net",
+        stages_s={1: (1.0, 1.0, 2.0)},
+        quality=tuple(quality_KN.mean(1)),
+        gains=GainTable.of(quality_KN, scores_KN),
+        max_batch=2,
+    )
+    found = [
+        simulate(
+            model,
+            rule,
+            arrivals_s=np.cumsum(np.random.default_rng(1).exponential(5.0, 300)),
+            budgets_s=np.random.default_rng(2).uniform(0.5, 9.0, 300),
+            quality_KN=quality_KN,
+            scores_KN=scores_KN,
+            true_s=lambda work, rows: (
+                work.seconds * np.random.default_rng(work.group).uniform(0.8, 1.5)
+            ),
+            reserve_s=0.1,
+        )
+        for rule in (GreedyGain(), AskedEachTime())
+    ]
+    short, full = found
+    assert set(full.exits) == {-1, 0, 1, 2}
+    np.testing.assert_array_equal(short.exits, full.exits)
+    np.testing.assert_array_equal(short.in_time, full.in_time)
+
+
 def test_the_fluid_bound_of_two_requests_is_what_one_works_out_by_hand() -> None:
     # 3 seconds for both: two first exits of 1 s (0.6 each), then half of one step (0.3 for 2 s)
     bound = fluid_bound([1.0, 3.0], np.array([[0.6, 0.9], [0.6, 0.9]]), [0.0, 0.0], [3.0, 3.0])

@@ -14,6 +14,7 @@ import tritonclient.http as triton
 from asking import HEAD, ask, body_of, connected, infer
 from fakes import wait_until
 from impatient.errors import ServingError
+from impatient.serving import protocol
 from impatient.serving.service import Service
 from served import Gated, hosted, serving
 
@@ -227,6 +228,23 @@ def test_json_may_begin_with_the_mark_of_its_encoding(shared, encoding: str) -> 
     _network, port = shared
     marked = body_of([1, 2, 3, 4]).decode().encode(encoding)
     assert ask(port, "/v2/models/net/infer", marked)[0] == 200
+
+
+@pytest.mark.parametrize("reader", [protocol.orjson, None], ids=["orjson", "json"])
+def test_json_is_read_and_written_alike_with_and_without_orjson(shared, monkeypatch, reader):
+    _network, port = shared
+    monkeypatch.setattr(protocol, "orjson", reader)
+    # half a surrogate pair, which is no UTF-8
+    text = body_of([1, 2, 3, 4]).replace(b'"id": "a"', b'"id": "\\ud800"')
+    status, headers, body = ask(port, "/v2/models/net/infer", text)
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert json.loads(body)["id"] == "\ud800"
+    for number, said in (("1e999", "NaN or infinite"), ("NaN", "finite"), ("1,]", "not JSON")):
+        status, _headers, body = ask(
+            port, "/v2/models/net/infer", text.replace(b"4.0", number.encode())
+        )
+        assert status == 400
+        assert said in json.loads(body)["error"]
 
 
 def test_a_body_that_never_ends_is_not_waited_for() -> None:

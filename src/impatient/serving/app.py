@@ -7,7 +7,6 @@ a caller that goes away must be noticed.
 from __future__ import annotations
 
 import abc
-import asyncio
 import base64
 import contextlib
 import functools
@@ -316,8 +315,6 @@ class App:
     async def _reply(
         self, offer: Offer, request: InferRequest, caller: Caller, *, streamed: bool
     ) -> None:
-        # When the caller goes, the request is cancelled.
-        gone = asyncio.ensure_future(_gone(caller.receive))
         answers = self.service.answers(
             offer.model.name,
             request.inputs,
@@ -326,7 +323,8 @@ class App:
             priority=priority_of(request.parameters),
             best_effort=flag_of(request.parameters, "best_effort"),
             streamed=streamed,
-            gone=gone,
+            # When the caller goes, the request is cancelled.
+            gone=functools.partial(_gone, caller.receive),
         )
         try:
             if streamed:
@@ -338,7 +336,6 @@ class App:
                     told = {"model": offer.model.name, "id": request.id, **facts(event, offer)}
                     log.info("%s", json.dumps(told))
         finally:
-            gone.cancel()
             await answers.aclose()
 
     async def _stream(

@@ -9,7 +9,7 @@ import abc
 import asyncio
 import collections
 import itertools
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from impatient.serving.heartbeat import Heartbeat
 from impatient.serving.metrics import BUCKETS_S, Counters, text_of
 from impatient.serving.model import ServedModel
 from impatient.serving.scheduler import Refuse, Request, Why
-from impatient.serving.tensors import Inputs, InputSpec
+from impatient.serving.tensors import Inputs, InputSpec, rows_of
 
 # A network that has not come back so long after a deadline is taken to hang.
 HANG_S = 2.0
@@ -99,6 +99,11 @@ class Answered:
     in_time: bool = True
 
 
+async def never() -> None:
+    """Wait for ever."""
+    await asyncio.get_running_loop().create_future()
+
+
 class BaseService(abc.ABC):
     """Answers requests for several models, each by its deadline.
 
@@ -172,7 +177,7 @@ class BaseService(abc.ABC):
         priority: int = 0,
         best_effort: bool = False,
         streamed: bool = False,
-        gone: asyncio.Future[None] | None = None,
+        gone: Callable[[], Awaitable[None]] = never,
     ) -> AsyncGenerator[Answered | Refuse]:
         """Give the answer of a request, and before it those of the exits on the way if streamed.
 
@@ -186,7 +191,8 @@ class BaseService(abc.ABC):
             priority: its gains count 1 + priority times.
             best_effort: answer late if need be.
             streamed: give every exit's answer.
-            gone: done when the caller has gone; then no more answers come.
+            gone: waits until the caller has gone; then no more answers come. It may be cancelled
+                and called again.
         """
         budget_s = min(budget_s or self.limits.default_s, self.limits.most_s)
         request = Request(
@@ -194,7 +200,7 @@ class BaseService(abc.ABC):
             model=model,
             deadline=arrival + budget_s,
             arrival=arrival,
-            rows=len(next(iter(inputs.values()))),
+            rows=rows_of(inputs),
             priority=priority,
             best_effort=best_effort,
         )
@@ -202,7 +208,7 @@ class BaseService(abc.ABC):
 
     @abc.abstractmethod
     def _answers(
-        self, request: Request, inputs: Inputs, streamed: bool, gone: asyncio.Future[None] | None
+        self, request: Request, inputs: Inputs, streamed: bool, gone: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator[Answered | Refuse]:
         """Give what `answers` gives for a request."""
 

@@ -39,6 +39,8 @@ class Bodies:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        # bytes of a whole body that may be JSON to the end
+        self._at_once = min(INLINE_JSON, limits.json_bytes)
         self._held = 0
         self.reader = JsonReader()
 
@@ -60,25 +62,29 @@ class Bodies:
         """
         length = _json_length(headers)
         self._check_head(headers)
+        # The connection bounds how long the first part may take.
+        body, more = await self._part(receive, holding)
+        if not more and len(body) <= self._at_once:
+            return body, length
         try:
             async with asyncio.timeout(self._limits.most_s):
-                body = await self._whole(receive, holding)
-                return await self._small(body, length)
+                chunks = [body]
+                while more:
+                    chunk, more = await self._part(receive, holding)
+                    chunks.append(chunk)
+                return await self._small(b"".join(chunks), length)
         except TimeoutError:
             text = "the body did not come within the longest deadline."
             raise StatusError(408, text) from None
 
-    async def _whole(self, receive: Receive, holding: Holding) -> bytes:
-        chunks: list[bytes] = []
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Gone
-            chunks.append(message.get("body", b""))
-            self._hold(holding, len(chunks[-1]))
-            more = message.get("more_body", False)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    async def _part(self, receive: Receive, holding: Holding) -> tuple[bytes, bool]:
+        """Receive a part of a body, and tell whether there is more."""
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        part = message.get("body", b"")
+        self._hold(holding, len(part))
+        return part, message.get("more_body", False)
 
     def _hold(self, holding: Holding, size: int) -> None:
         holding.size += size

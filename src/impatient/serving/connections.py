@@ -23,7 +23,8 @@ from impatient.serving.app import App
 from impatient.serving.base import BaseService
 from impatient.serving.refusals import MESSAGES
 
-# Time for the head of a request. A caller that sends half a head holds a connection no longer.
+# Time for the head of a request and the first of its body. A caller that sends less holds a
+# connection no longer.
 HEAD_S = 10.0
 # Longest head. h11 has this limit itself, httptools has none.
 HEAD_BYTES = 2**16
@@ -73,7 +74,7 @@ class Guard(asyncio.Protocol):
         connections: all connections that are not refused.
         most: how many there may be.
         overloaded: tells whether no request can be taken.
-        head_s: most seconds for the head of a request.
+        head_s: most seconds until the head of a request and the first of its body are there.
     """
 
     def __init__(
@@ -138,7 +139,8 @@ class Guard(asyncio.Protocol):
 
     def _is_answering(self) -> bool:
         cycle = self._inner.cycle
-        return cycle is not None and not cycle.response_complete
+        begun = cycle is not None and (cycle.body or not cycle.more_body)
+        return bool(begun) and not cycle.response_complete
 
     def _between_requests(self) -> bool:
         cycle = self._inner.cycle
@@ -225,7 +227,7 @@ def web_server(
         most_connections: most connections at once, or fewer if this process may not open as many
             files; more are refused.
         drain_s: most seconds that open requests are waited for at the end.
-        head_s: most seconds for the head of a request.
+        head_s: most seconds until the head of a request and the first of its body are there.
     """
     connections: set[Guard] = set()
     most = max(1, min(most_connections, most_files() - OTHER_FILES))

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import logging
 import random
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -337,7 +337,7 @@ class FleetService(BaseService):
         return "too late" if now >= deadline else None
 
     async def _answers(
-        self, request: Request, inputs: Inputs, streamed: bool, gone: asyncio.Future[None] | None
+        self, request: Request, inputs: Inputs, streamed: bool, gone: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator[Answered | Refuse]:
         why = self._why_not(request.deadline, self.clock.now())
         if why is not None:
@@ -348,8 +348,9 @@ class FleetService(BaseService):
         ask = Ask(request=request, inputs=inputs, streamed=streamed)
         replied = False
         self._waiting += 1
+        watch = asyncio.ensure_future(gone())
         try:
-            async with contextlib.aclosing(self._asked(ask, gone)) as events:
+            async with contextlib.aclosing(self._asked(ask, watch)) as events:
                 async for event in events:
                     replied = isinstance(event, Refuse) or bool(event.stopped_by)
                     if replied:
@@ -360,11 +361,12 @@ class FleetService(BaseService):
         except Gone:
             pass
         finally:
+            watch.cancel()
             self._waiting -= 1
             self.counters[request.model].cancelled += not replied
 
     async def _asked(
-        self, ask: Ask, gone: asyncio.Future[None] | None
+        self, ask: Ask, gone: asyncio.Future[None]
     ) -> AsyncGenerator[Answered | Refuse]:
         """Ask one replica after the other, until one has given the reply."""
         request = ask.request
@@ -415,7 +417,7 @@ class FleetService(BaseService):
         return why == "unreachable" or (why in ELSEWHERE and others)
 
     async def _from_one(
-        self, ask: Ask, gone: asyncio.Future[None] | None
+        self, ask: Ask, gone: asyncio.Future[None]
     ) -> AsyncGenerator[tuple[str, Answered | Refuse]]:
         """Give what one replica answers, timed by this machine's clock.
 
@@ -432,7 +434,7 @@ class FleetService(BaseService):
                     yield "", Refuse(request=request.id, why="unreachable", retry_after_s=1.0)
                     return
                 except TimeoutError:
-                    if gone is not None and gone.done():
+                    if gone.done():
                         raise Gone from None
                     yield (
                         "",
@@ -451,7 +453,7 @@ class FleetService(BaseService):
         self,
         events: AsyncGenerator[tuple[str, Answered | Refuse]],
         deadline: float,
-        gone: asyncio.Future[None] | None,
+        gone: asyncio.Future[None],
     ) -> tuple[str, Answered | Refuse]:
         """Wait for the next event, but not for ever.
 
@@ -461,14 +463,12 @@ class FleetService(BaseService):
         async with asyncio.timeout(left_s) as bound:
             self._bounds.add(bound)
             leave = functools.partial(self._wait_no_longer, bound)
-            if gone is not None:
-                gone.add_done_callback(leave)
+            gone.add_done_callback(leave)
             try:
                 return await anext(events)
             finally:
                 self._bounds.discard(bound)
-                if gone is not None:
-                    gone.remove_done_callback(leave)
+                gone.remove_done_callback(leave)
 
     def _wait_no_longer(self, bound: asyncio.Timeout, _gone: object = None) -> None:
         if bound in self._bounds:

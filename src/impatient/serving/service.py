@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import dataclasses
-import functools
 import logging
 import math
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +26,7 @@ from impatient.serving.scheduler import (
     Work,
 )
 from impatient.serving.tensors import Inputs
-from impatient.serving.worker import Done, InferenceThread, Job
+from impatient.serving.worker import Done, Found, InferenceThread, Job
 from impatient.training.preprocess import Preprocess
 
 log = logging.getLogger(__name__)
@@ -70,32 +68,38 @@ class _Call:
     streamed: bool
     # What the caller has not taken yet; one that streams gets every exit.
     events: collections.deque[Answered | Refuse] = field(default_factory=collections.deque)
-    waiter: asyncio.Future[None] | None = None
-    latest: Answered | None = None
+    # the task that waits for the next event
+    waiting: asyncio.Task[Any] | None = None
+    # what its latest exit gave
+    latest: Found | None = None
     group: int | None = None
     replied: bool = False
-    gone: bool = False
 
     def put(self, event: Answered | Refuse) -> None:
         """Give the caller an event."""
         self.events.append(event)
-        self._wake()
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
 
-    def leave(self, _gone: object) -> None:
-        """Note that the caller has gone."""
-        self.gone = True
-        self._wake()
+    async def next(self, gone: Callable[[], Awaitable[None]]) -> Answered | Refuse | None:
+        """Wait for the next event, None if the caller has gone.
 
-    def _wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    async def next(self) -> Answered | Refuse | None:
-        """Wait for the next event, None if the caller has gone."""
-        while not self.events and not self.gone:
-            self.waiter = asyncio.get_running_loop().create_future()
-            await self.waiter
-        return None if self.gone else self.events.popleft()
+        The task waits for the caller to go, and an event cancels that, so that a request takes one
+        task.
+        """
+        if not self.events:
+            self.waiting = task = asyncio.current_task()
+            try:
+                await gone()
+                return None
+            except asyncio.CancelledError:
+                # By an event, by somebody else, or by both.
+                if not self.events or task is None or task.uncancel():
+                    raise
+            finally:
+                self.waiting = None
+        return self.events.popleft()
 
 
 class Service(BaseService):
@@ -181,7 +185,7 @@ class Service(BaseService):
         for call in list(self._calls.values()):
             if call.request.deadline < bound and not call.replied:
                 self._reply(Refuse(request=call.request.id, why="failed"))
-                self._tell(functools.partial(self.scheduler.cancelled, call.request.id))
+                self._tell(self.scheduler.cancelled, call.request.id)
 
     def _replace_thread(self) -> None:
         """Go on with another thread, if there are not too many that hang."""
@@ -197,7 +201,7 @@ class Service(BaseService):
         self._thread.abandon()
         self._hanging.append(self._thread)
         self._thread = self._new_thread({})
-        self._tell(functools.partial(self.scheduler.failed, work))
+        self._tell(self.scheduler.failed, work)
 
     def _why_unread(self, model: str, deadline: float, now: float) -> Why | None:
         if not self.ready and not self.draining:
@@ -207,17 +211,15 @@ class Service(BaseService):
         return self.scheduler.refusal_unread(model, deadline, now)
 
     async def _answers(
-        self, request: Request, inputs: Inputs, streamed: bool, gone: asyncio.Future[None] | None
+        self, request: Request, inputs: Inputs, streamed: bool, gone: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator[Answered | Refuse]:
         call = _Call(request, inputs, streamed)
         self._calls[request.id] = call
-        if gone is not None:
-            gone.add_done_callback(call.leave)
         try:
-            self._tell(functools.partial(self.scheduler.arrived, request))
+            self._tell(self.scheduler.arrived, request)
             # Now, so that the inference thread need not ask for it when there is an answer.
             self._wake_at(request.due(self.scheduler.reserve_s))
-            while (event := await call.next()) is not None:
+            while (event := await call.next(gone)) is not None:
                 yield event
                 if isinstance(event, Refuse) or event.stopped_by:
                     return
@@ -225,7 +227,7 @@ class Service(BaseService):
             # The scheduler refuses a model that there is not.
             if not call.replied and request.model in self.counters:
                 self.counters[request.model].cancelled += 1
-                self._tell(functools.partial(self.scheduler.cancelled, request.id))
+                self._tell(self.scheduler.cancelled, request.id)
                 self._forget(call)
             del self._calls[request.id]
 
@@ -265,13 +267,15 @@ class Service(BaseService):
             now = self.clock.now()
             self._count_work(done, now)
             self._working = None
-            passed = [] if done.error else self._passed(done, now)
+            passed = self._passed(done, now)
             if done.error:
                 actions = self.scheduler.failed(done.work, now)
             else:
-                actions = self.scheduler.finished(done.work, done.scores, now, done.failed)
+                scores = {name: score for name, (_, score) in done.found.items()}
+                actions = self.scheduler.finished(done.work, scores, now, done.failed)
             job, replies = self._begun(actions)
-            due = self.scheduler.next_tick(now)
+            # The timer knows when all who go on are due, from when they came.
+            due = math.inf if job is not None else self.scheduler.next_tick(now)
             sooner = due < self._due
         if (passed or replies or sooner) and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, passed, replies, due)
@@ -280,24 +284,25 @@ class Service(BaseService):
     def _count_work(self, done: Done, now: float) -> None:
         counters = self.counters[done.work.model]
         counters.works += 1
-        counters.rows += sum(len(output) for output in done.outputs.values())
+        for output, _ in done.found.values():
+            counters.rows += len(output)
         counters.busy_s += now - self._began
 
     def _passed(self, done: Done, now: float) -> list[tuple[_Call, Answered]]:
         """Keep what a work gave, and return what callers are told of it on the way."""
         streamed = []
-        for name, output in done.outputs.items():
+        for name, found in done.found.items():
             if not self.scheduler.holds(name):
                 continue
             call = self._calls[name]
-            call.latest = Answered(
-                output=output,
-                exit=done.work.last,
-                elapsed_s=now - call.request.arrival,
-                score=done.scores[name],
-            )
+            call.latest = found
             if call.streamed:
-                streamed.append((call, call.latest))
+                output, score = found
+                elapsed_s = now - call.request.arrival
+                answered = Answered(
+                    output=output, exit=done.work.last, elapsed_s=elapsed_s, score=score
+                )
+                streamed.append((call, answered))
         return streamed
 
     def _deliver(
@@ -322,11 +327,11 @@ class Service(BaseService):
         self.scheduler.reserve_s = RESERVE_S + sorted(self._lateness)[-2]
         self._tell(self.scheduler.tick)
 
-    def _tell(self, event: Callable[[float], Sequence[Action]]) -> None:
+    def _tell(self, event: Callable[..., Sequence[Action]], *about: Any) -> None:
         """Tell the scheduler of an event, and do what it says, on the event loop."""
         with self._lock:
             now = self.clock.now()
-            job, replies = self._begun(event(now))
+            job, replies = self._begun(event(*about, now))
             due = self.scheduler.next_tick(now)
         if job is not None:
             self._thread.do(job)
@@ -355,20 +360,17 @@ class Service(BaseService):
         return job, replies
 
     def _job(self, work: Work) -> Job:
-        calls = [self._calls[name] for name in work.requests]
+        begins: dict[int, Inputs] = {}
         if work.first == 0:
             self._members[work.group] = set(work.requests)
-        for call in calls:
-            call.group = work.group
-        over, self._over = tuple(self._over), []
+            for name in work.requests:
+                call = self._calls[name]
+                call.group = work.group
+                begins[name] = call.inputs
+        over, self._over = self._over, []
         self._working = work
         self._began = self.clock.now()
-        return Job(
-            work=work,
-            inputs={call.request.id: call.inputs for call in calls} if work.first == 0 else {},
-            rows={call.request.id: call.request.rows for call in calls},
-            over=over,
-        )
+        return Job(work, begins, over)
 
     def _reply(self, action: Reply | Refuse) -> None:
         call = self._calls.get(action.request)
@@ -381,10 +383,12 @@ class Service(BaseService):
         if isinstance(action, Refuse):
             event = action
         elif call.latest is not None:
-            event = dataclasses.replace(
-                call.latest,
+            output, score = call.latest
+            event = Answered(
+                output=output,
                 exit=action.exit,
                 elapsed_s=elapsed_s,
+                score=score,
                 stopped_by=action.stopped_by,
                 in_time=now <= call.request.deadline,
             )

@@ -31,6 +31,13 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 }
 # samples by the names of their arrays, samples first
 Inputs = Mapping[str, np.ndarray]
+
+
+def rows_of(inputs: Inputs) -> int:
+    """Return the number of samples."""
+    return len(next(iter(inputs.values())))
+
+
 # the size of a dimension that differs from request to request
 ANY = -1
 
@@ -66,7 +73,9 @@ class TensorSpec:
         import torch
 
         if not self.differs:
-            return torch.from_numpy(np.concatenate(arrays))
+            # A copy of one alone, too: what came in binary cannot be written to.
+            whole = arrays[0].copy() if len(arrays) == 1 else np.concatenate(arrays)
+            return torch.from_numpy(whole)
         from impatient.training.examples import padded
 
         return padded([torch.tensor(row) for array in arrays for row in array], self.filler, side)
@@ -126,8 +135,10 @@ class InputSpec:
         Returns:
             A tensor, or a dict of them by name.
         """
-        batch = {
-            one.name: one.joined([request[one.name] for request in requests], self.side)
-            for one in self.tensors
-        }
-        return batch if self.named else batch[self.tensors[0].name]
+
+        def joined(one: TensorSpec) -> Tensor:
+            return one.joined([request[one.name] for request in requests], self.side)
+
+        if not self.named:
+            return joined(self.tensors[0])
+        return {one.name: joined(one) for one in self.tensors}

@@ -9,8 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -18,50 +17,44 @@ import torch
 from impatient.anytime import Exit, Network, Run
 from impatient.errors import ServingError
 from impatient.serving.scheduler import Work
-from impatient.serving.tensors import Inputs
+from impatient.serving.tensors import Inputs, rows_of
 from impatient.trees import take
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+# what an exit gives a request: outputs, shape [rows, C], and how sure the least sure one looks
+Found = tuple[np.ndarray, float]
+
+
+class Job(NamedTuple):
     """Work with what it needs.
 
     Attributes:
         work: the scheduler's work.
         inputs: raw samples of each request that begins with it.
-        rows: samples of each of its requests.
         over: batches of which no request is left.
     """
 
     work: Work
     inputs: Mapping[int, Inputs]
-    rows: Mapping[int, int]
-    over: tuple[int, ...] = ()
+    over: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
+class Done(NamedTuple):
     """What a work gave.
 
     Attributes:
         work: the scheduler's work.
-        outputs: output of each request, before softmax, shape [rows, C].
-        scores: how sure the least sure sample of each request looks.
+        found: what it gave each request.
         failed: requests for which the network failed, though not for the others.
         error: what went wrong; empty if nothing did.
     """
 
     work: Work
-    outputs: Mapping[int, np.ndarray]
-    scores: Mapping[int, float]
+    found: Mapping[int, Found]
     failed: frozenset[int] = frozenset()
     error: str = ""
-
-
-# what an exit gives a request: outputs, shape [rows, C], and how sure the least sure one looks
-Found = tuple[np.ndarray, float]
 
 
 class _Batch:
@@ -312,8 +305,7 @@ class InferenceThread:
     def _run_whole(self, name: str, raw: Inputs) -> None:
         """Run as requests do: the first time, a network also tries out whether it shrinks."""
         x = self._prepared[name]([raw])
-        rows = len(next(iter(raw.values())))
-        batch = _Batch(self._networks[name], x, {0: rows})
+        batch = _Batch(self._networks[name], x, {0: rows_of(raw)})
         self._networks[name].shrinks(x)
         with batch.run:
             for exit in batch.run:
@@ -327,32 +319,33 @@ class InferenceThread:
     def _done(self, job: Job, find: Callable[[], dict[int, Found]]) -> Done:
         work = job.work
         try:
-            return _checked(work, self._found(work, find))
+            try:
+                found = find()
+            except Exception as error:
+                found = self._one_by_one(work, error)
+            return _checked(work, found)
         except BaseException as error:
             # A network may raise anything; its requests get the answers that they have, and the
             # thread goes on.
             log.exception("work of the model %s failed", work.model)
             self._close(work.group)
             text = f"{type(error).__name__}: {error}"
-            return Done(work=work, outputs={}, scores={}, error=text)
+            return Done(work, {}, error=text)
 
-    def _found(self, work: Work, find: Callable[[], dict[int, Found]]) -> dict[int, Found]:
-        """Run a batch, or one that fails request by request, since one of them may be why."""
-        try:
-            return find()
-        except Exception:
-            batch = self._batches.get(work.group)
-            if not isinstance(batch, _Batch) or len(work.requests) == 1:
-                raise
-            log.exception("a batch of the model %s failed; each request runs alone", work.model)
-            batch.close()
-            self._batches[work.group] = apart = batch.apart()
-            return apart.to(work.last, work.requests)
+    def _one_by_one(self, work: Work, error: Exception) -> dict[int, Found]:
+        """Run a batch that has failed request by request, since one of them may be why."""
+        batch = self._batches.get(work.group)
+        if not isinstance(batch, _Batch) or len(work.requests) == 1:
+            raise error
+        log.exception("a batch of the model %s failed; each request runs alone", work.model)
+        batch.close()
+        self._batches[work.group] = apart = batch.apart()
+        return apart.to(work.last, work.requests)
 
     def _begun(self, job: Job) -> _Batch:
         work = job.work
-        x = self._prepared[work.model]([job.inputs[request] for request in work.requests])
-        rows = {request: job.rows[request] for request in work.requests}
+        x = self._prepared[work.model](list(job.inputs.values()))
+        rows = {request: rows_of(inputs) for request, inputs in job.inputs.items()}
         batch = self._batches[work.group] = _Batch(self._networks[work.model], x, rows)
         return batch
 
@@ -363,15 +356,12 @@ def _checked(work: Work, found: Mapping[int, Found]) -> Done:
     Raises:
         ServingError: if nothing is.
     """
-    outputs = {}
-    scores = {}
-    for request, (output, score) in found.items():
-        if np.isfinite(output).all():
-            outputs[request], scores[request] = output, score
-    if not outputs:
+    finite = {request: one for request, one in found.items() if np.isfinite(one[0]).all()}
+    if len(finite) == len(work.requests):
+        return Done(work, finite)
+    if not finite:
         raise ServingError(f"exit {work.last} gave no finite outputs.")
-    failed = frozenset(work.requests) - outputs.keys()
-    return Done(work=work, outputs=outputs, scores=scores, failed=failed)
+    return Done(work, finite, failed=frozenset(work.requests) - finite.keys())
 
 
 def _raise(error: BaseException) -> dict[int, Found]:
