@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import bisect
 import collections
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -272,8 +273,7 @@ class BaseService(abc.ABC):
             in_time = event.in_time
             counters.answers[exit, event.stopped_by, in_time] += 1
             counters.elapsed_s += elapsed_s
-            for place, bound in enumerate(BUCKETS_S):
-                counters.buckets[place] += elapsed_s <= bound
+            counters.buckets[bisect.bisect_left(BUCKETS_S, elapsed_s)] += 1
         budget_s = request.deadline - request.arrival
         self.recent.append((self.clock.now(), budget_s, elapsed_s, exit, in_time, request.model))
 

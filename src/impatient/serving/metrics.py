@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -27,7 +28,8 @@ class Counters:
     rows: int = 0
     busy_s: float = 0.0
     elapsed_s: float = 0.0
-    buckets: list[int] = field(default_factory=lambda: [0] * len(BUCKETS_S))
+    # answers up to each bound and above the one before; at the end, those beyond the last
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
 
 
 def text_of(gauges: Mapping[str, float], counters: Mapping[str, Counters]) -> str:
@@ -70,7 +72,7 @@ def _times(counters: Mapping[str, Counters]) -> Iterator[str]:
     yield "# TYPE impatient_answer_seconds histogram"
     for model, one in counters.items():
         count = sum(one.answers.values())
-        for bound, below in zip(BUCKETS_S, one.buckets, strict=True):
+        for bound, below in zip(BUCKETS_S, itertools.accumulate(one.buckets), strict=False):
             yield f'impatient_answer_seconds_bucket{{model="{model}",le="{bound}"}} {below}'
         yield f'impatient_answer_seconds_bucket{{model="{model}",le="+Inf"}} {count}'
         yield f'impatient_answer_seconds_sum{{model="{model}"}} {one.elapsed_s}'

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from impatient.errors import BadRequest
-from impatient.serving.tensors import ANY, DATATYPES, Inputs, InputSpec, TensorSpec
+from impatient.serving.tensors import ANY, DATATYPES, Inputs, InputSpec, TensorSpec, all_finite
 
 try:
     import orjson
@@ -228,7 +229,7 @@ def _read_tensor(
                 f"{expected} for shape {list(shape)} of {datatype}."
             )
         array = np.frombuffer(binary[:expected], dtype).reshape(shape)
-    if dtype.kind == "f" and not np.isfinite(array).all():
+    if dtype.kind == "f" and not all_finite(array):
         raise BadRequest(f"{what} holds NaN or infinite values; expected finite ones.")
     if wanted.below is not None and not 0 <= array.min() <= array.max() < wanted.below:
         raise BadRequest(
@@ -274,6 +275,13 @@ def _check_alike(found: Inputs, spec: InputSpec) -> None:
 
 
 def _from_json(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    if dtype.kind == "f" and isinstance(data, list) and len(data) == math.prod(shape):
+        try:
+            packed = struct.pack(f"<{len(data)}{dtype.char}", *data)
+            return np.frombuffer(packed, dtype).reshape(shape)
+        except (struct.error, OverflowError):
+            # What is wrong has its error below.
+            pass
     try:
         values = np.asarray(data)
         fits = values.dtype.kind in "biuf" and values.size == math.prod(shape)

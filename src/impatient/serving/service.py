@@ -217,8 +217,6 @@ class Service(BaseService):
         self._calls[request.id] = call
         try:
             self._tell(self.scheduler.arrived, request)
-            # Now, so that the inference thread need not ask for it when there is an answer.
-            self._wake_at(request.due(self.scheduler.reserve_s))
             while (event := await call.next(gone)) is not None:
                 yield event
                 if isinstance(event, Refuse) or event.stopped_by:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 import queue
@@ -17,7 +16,7 @@ import torch
 from impatient.anytime import Exit, Network, Run
 from impatient.errors import ServingError
 from impatient.serving.scheduler import Work
-from impatient.serving.tensors import Inputs, rows_of
+from impatient.serving.tensors import Inputs, all_finite, rows_of
 from impatient.trees import take
 
 log = logging.getLogger(__name__)
@@ -134,11 +133,12 @@ class _Apart:
 
 def _places(rows: Mapping[int, int]) -> dict[int, slice]:
     """Return the rows of each request in a batch."""
-    ends = itertools.accumulate(rows.values())
-    return {
-        request: slice(end - count, end)
-        for (request, count), end in zip(rows.items(), ends, strict=True)
-    }
+    places = {}
+    end = 0
+    for request, count in rows.items():
+        places[request] = slice(end, end + count)
+        end += count
+    return places
 
 
 class InferenceThread:
@@ -356,7 +356,7 @@ def _checked(work: Work, found: Mapping[int, Found]) -> Done:
     Raises:
         ServingError: if nothing is.
     """
-    finite = {request: one for request, one in found.items() if np.isfinite(one[0]).all()}
+    finite = {request: one for request, one in found.items() if all_finite(one[0])}
     if len(finite) == len(work.requests):
         return Done(work, finite)
     if not finite:
