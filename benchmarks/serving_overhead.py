@@ -10,23 +10,31 @@ last core asks one after the other, each on a connection that stays open, in ran
 all see the same machine. All get the same JSON and give the same JSON. Ours answers from the last
 of three exits; the others run the same layers without exits: Starlette in the handler itself
 (which holds up everybody else meanwhile) and in its pool of threads (as a handler that is no
-coroutine does), LitServe in a worker process. The network alone is run by the caller in the same
-rounds. Asked for: a p50 of at most 1.15 times bare Starlette's, and a p99 of at most 1 ms above.
-Starlette and LitServe are measured where they are installed; they are no dependencies of ours.
+coroutine does), LitServe in a worker process. Two more say what is out of reach: Starlette that
+hands the input to one thread which owns the network, the least that any server costs whose event
+loop is free meanwhile, and the same with our three exits, all heads computed and nothing decided.
+The network alone is run by the caller in the same rounds. Ours reads JSON with orjson, which its
+extra `serve` brings; Starlette and LitServe are as they come. Asked for: a p50 of at most 1.15
+times bare Starlette's, and a p99 of at most 1 ms above. Starlette and LitServe are measured where
+they are installed; they are no dependencies of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import functools
 import http.client
 import importlib.util
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import impatient
 from benchmarks.common import in_turn, write_results
+from impatient import Exit, Network
 
 try:
     from litserve import LitAPI
@@ -53,6 +62,8 @@ NAMES = {
     "impatient": "impatient",
     "starlette": "Starlette, in the handler",
     "starlette-threads": "Starlette, in its threads",
+    "starlette-hop": "Starlette, in one thread",
+    "starlette-exits": "Starlette, in one thread, three exits",
     "litserve": "LitServe",
 }
 
@@ -65,6 +76,11 @@ def backbone(width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, CLASSES)).eval()
 
 
+def with_exits(width: int) -> Network:
+    example = torch.randn(1, INPUT)
+    return impatient.attach_exits(backbone(width), after=["3", "7"], example=example).eval()
+
+
 def serve_impatient(width: int, port: int) -> None:
     from impatient.serving.app import App
     from impatient.serving.base import Limits
@@ -74,8 +90,8 @@ def serve_impatient(width: int, port: int) -> None:
     from impatient.serving.tensors import InputSpec
     from impatient.training.preprocess import Preprocess
 
+    network = with_exits(width)
     example = torch.randn(1, INPUT)
-    network = impatient.attach_exits(backbone(width), after=["3", "7"], example=example).eval()
     # plans need only the size of it
     stage_s = float(np.median(in_turn({"": lambda: network(example)}, rounds=20)[""])) / 3
     costs = {1: (stage_s,) * 3, 8: (8 * stage_s,) * 3}
@@ -106,7 +122,40 @@ def answer(network: nn.Module, body: bytes) -> dict[str, Any]:
         return reply_of(network(input_of(json.loads(body))))
 
 
-def serve_starlette(width: int, port: int, *, threads: bool) -> None:
+def last_exit(network: Network, x: torch.Tensor) -> torch.Tensor:
+    """Run a network with exits as our server does, and decide nothing."""
+    outputs: list[torch.Tensor] = []
+
+    def visit(one: Exit) -> bool:
+        outputs.append(one.output())
+        return False
+
+    network.exits(x).walk(visit)
+    return outputs[-1]
+
+
+class OneThread:
+    """A thread that owns a network, and runs it for an event loop."""
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._run = run
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        with torch.inference_mode():
+            while True:
+                x, found = self._jobs.get()
+                output = self._run(x)
+                found.get_loop().call_soon_threadsafe(found.set_result, output)
+
+    async def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        found = asyncio.get_running_loop().create_future()
+        self._jobs.put((x, found))
+        return await found
+
+
+def serve_starlette(width: int, port: int, way: str) -> None:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -116,11 +165,23 @@ def serve_starlette(width: int, port: int, *, threads: bool) -> None:
 
     network = backbone(width)
 
+    async def in_handler(body: bytes) -> dict[str, Any]:
+        return answer(network, body)
+
+    async def in_threads(body: bytes) -> dict[str, Any]:
+        return await run_in_threadpool(answer, network, body)
+
+    async def in_one(body: bytes) -> dict[str, Any]:
+        return reply_of(await thread(input_of(json.loads(body))))
+
+    if way == "exits":
+        thread = OneThread(functools.partial(last_exit, with_exits(width)))
+    elif way == "hop":
+        thread = OneThread(network)
+    answered = {"handler": in_handler, "threads": in_threads}.get(way, in_one)
+
     async def infer(request: Request) -> JSONResponse:
-        body = await request.body()
-        if threads:
-            return JSONResponse(await run_in_threadpool(answer, network, body))
-        return JSONResponse(answer(network, body))
+        return JSONResponse(await answered(await request.body()))
 
     app = Starlette(routes=[Route("/v2/models/net/infer", infer, methods=["POST"])])
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
@@ -161,15 +222,21 @@ def serve_litserve(width: int, port: int) -> None:
 
 SERVERS: dict[str, Callable[[int, int], None]] = {
     "impatient": serve_impatient,
-    "starlette": lambda width, port: serve_starlette(width, port, threads=False),
-    "starlette-threads": lambda width, port: serve_starlette(width, port, threads=True),
+    "starlette": functools.partial(serve_starlette, way="handler"),
+    "starlette-threads": functools.partial(serve_starlette, way="threads"),
+    "starlette-hop": functools.partial(serve_starlette, way="hop"),
+    "starlette-exits": functools.partial(serve_starlette, way="exits"),
     "litserve": serve_litserve,
 }
 
 
 def installed() -> list[str]:
-    needed = {"impatient": "uvicorn", "starlette-threads": "starlette"}
-    return [name for name in SERVERS if importlib.util.find_spec(needed.get(name, name))]
+    needed = {"impatient": "uvicorn"}
+    return [
+        name
+        for name in SERVERS
+        if importlib.util.find_spec(needed.get(name, name.partition("-")[0]))
+    ]
 
 
 def free_port() -> int:
