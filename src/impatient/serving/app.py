@@ -21,9 +21,8 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from impatient.errors import BadRequest, ServingError
 from impatient.provenance import own_version
@@ -81,8 +80,7 @@ def offered(service: BaseService, name: str) -> Offer:
     return service.offers[name]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
+class Caller(NamedTuple):
     """Who sent a request, and how it is heard and answered.
 
     Attributes:

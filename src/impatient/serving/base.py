@@ -12,6 +12,7 @@ import collections
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,8 +80,7 @@ class Limits:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+class Answered(NamedTuple):
     """An answer: of an exit on the way, or the one that stands.
 
     Attributes:
@@ -123,6 +123,7 @@ class BaseService(abc.ABC):
                 "different names."
             )
         self.limits = limits or Limits()
+        self._late_s = max(LEAST_LATE_S, LATE_SHARE * self.limits.default_s)
         self.counters = {name: Counters() for name in self.offers}
         # Latest requests: instant, budget, elapsed, exit (-1: none), in time, model.
         self.recent: collections.deque[tuple[float, float, float, int, bool, str]] = (
@@ -232,7 +233,7 @@ class BaseService(abc.ABC):
     @property
     def overloaded(self) -> bool:
         """Whether the event loop is so late that no more requests should be read."""
-        return self.heartbeat.behind(max(LEAST_LATE_S, LATE_SHARE * self.limits.default_s))
+        return self.heartbeat.behind(self._late_s)
 
     def refusal_unread(self, model: str, *, arrival: float, most_s: float | None) -> Refuse | None:
         """Refuse a request before it is read, if nothing in it could help.

@@ -387,8 +387,8 @@ class FleetService(BaseService):
                         latest = event
                         yield latest
                     elif event.stopped_by:
-                        yield dataclasses.replace(
-                            event, output=latest.output, exit=latest.exit, score=latest.score
+                        yield event._replace(
+                            output=latest.output, exit=latest.exit, score=latest.score
                         )
                     if event.stopped_by:
                         return
@@ -402,8 +402,7 @@ class FleetService(BaseService):
             yield refused
             return
         now = self.clock.now()
-        yield dataclasses.replace(
-            latest,
+        yield latest._replace(
             elapsed_s=now - request.arrival,
             stopped_by="draining" if self._ended else "failed",
             in_time=now <= request.deadline,
@@ -446,7 +445,7 @@ class FleetService(BaseService):
                     elapsed_s = now - request.arrival
                     self.way.took(elapsed_s - event.elapsed_s, now)
                     in_time = now <= request.deadline
-                    event = dataclasses.replace(event, elapsed_s=elapsed_s, in_time=in_time)
+                    event = event._replace(elapsed_s=elapsed_s, in_time=in_time)
                 yield replica, event
 
     async def _next(

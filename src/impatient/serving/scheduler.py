@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from impatient import checks
 from impatient.errors import ServingError
 from impatient.serving.model import ServedModel
 
@@ -59,12 +58,11 @@ class Request:
     best_effort: bool = False
 
     def __post_init__(self) -> None:
-        checks.at_least(ServingError, 1, rows=self.rows)
-        checks.at_least(ServingError, 0, priority=self.priority)
-        if not math.isfinite(self.deadline):
+        if self.rows < 1 or self.priority < 0 or not math.isfinite(self.deadline):
             raise ServingError(
-                f"request {self.id} has the deadline {self.deadline}; expected a finite instant. "
-                "Every request has one: give it a default."
+                f"request {self.id} has rows={self.rows}, priority={self.priority} and "
+                f"deadline={self.deadline}; expected at least 1, at least 0, and a finite instant. "
+                "Every request has a deadline: give it a default."
             )
 
     def due(self, reserve_s: float) -> float:
@@ -112,7 +110,7 @@ class Pending:
         return max(ahead, default=0.0) - self.expected[self.exit]
 
 
-# What is made at every decision is a named tuple, which is made in half the time of a dataclass.
+# What every request needs is a named tuple, which is made in half the time of a frozen dataclass.
 class Choice(NamedTuple):
     """What a rule wants to be computed next: some requests at one depth, up to an exit."""
 
@@ -140,8 +138,7 @@ class Work(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class Reply(NamedTuple):
     """An action: answer a request with what its exit gave.
 
     Attributes:
@@ -358,9 +355,9 @@ class Scheduler:
             now: the present instant.
             failed: requests for which it has failed, who get the answers they have.
         """
-        going = None if failed or len(self._pending) > 1 else self._goes_on(work, scores, now)
-        if going is not None:
-            return [going]
+        follows = None if failed or len(self._pending) > 1 else self._alone(work, scores, now)
+        if follows is not None:
+            return [follows]
         actions: list[Action] = []
         for one in self._end(work):
             if one.request.id in failed:
@@ -371,21 +368,25 @@ class Scheduler:
                 actions.append(self._reply(one, "final", now))
         return actions + self._settle(now)
 
-    def _goes_on(self, work: Work, scores: Mapping[int, float], now: float) -> Work | None:
-        """Begin the next stage of a request that is alone, unless there is more to decide.
+    def _alone(self, work: Work, scores: Mapping[int, float], now: float) -> Work | Reply | None:
+        """Go on with a request that is alone, or reply if it is at its end, in few steps.
 
         It is what all else here comes to in this case, which is the usual one of a server that is
-        not busy, in a third of the time.
+        not busy. None if there is more to decide.
         """
         one = self._pending.get(work.requests[0])
-        model = self.models[work.model]
-        stage = work.last + 1
-        if one is None or self._work is not work or stage == model.num_exits:
+        if one is None or self._work is not work or self.rule.at_once:
             return None
+        model = self.models[work.model]
+        due = one.request.due(self.reserve_s)
         one.reached(work.last, scores.get(one.request.id, math.nan), model)
+        stage = work.last + 1
+        if stage == model.num_exits:
+            self._work = None
+            return self._reply(one, "final" if now < due else "deadline", now)
         seconds = model.work_s(stage, stage, one.request.rows)
-        in_time = now + seconds <= one.request.due(self.reserve_s)
-        if not in_time or one.gain_ahead < self.worthwhile or not self.rule.deepens(one):
+        worth = one.gain_ahead >= self.worthwhile and self.rule.deepens(one)
+        if not worth or now + seconds > due:
             return None
         self._free_at = now + seconds
         self._work = Work(work.group, work.model, work.requests, stage, stage, seconds)
@@ -458,6 +459,8 @@ class Scheduler:
     def next_tick(self, now: float) -> float:
         """Return the next instant at which `tick` is due, infinity if there is none."""
         due = math.inf
+        if not self._pending:
+            return due
         for one in self._pending.values():
             instant = one.request.due(self.reserve_s)
             # It may have an answer by an instant to come.
@@ -526,14 +529,15 @@ class Scheduler:
         waiting = self._waiting() if self._work is None else ()
         if not waiting:
             return actions
-        choice = self.rule.choose(waiting, self.models, now)
+        choice = self.rule.choose(waiting, self.models, now) or self._late(waiting, now)
+        return actions if choice is None else actions + self._begin(choice, now)
+
+    def _late(self, waiting: Sequence[Pending], now: float) -> Choice | None:
+        """Choose what a rule may leave out as it is late, though its caller wants it."""
         late = [one for one in waiting if one.exit < 0 and one.request.best_effort]
-        if choice is None and late and math.isinf(self.rule.ask_again(waiting, now)):
-            # A rule may leave out what is late, but its caller wants it all the same.
-            choice = Choice(pending=first_batch(late, self.models, now), last=0)
-        if choice is None:
-            return actions
-        return actions + self._begin(choice, now)
+        if not late or not math.isinf(self.rule.ask_again(waiting, now)):
+            return None
+        return Choice(pending=first_batch(late, self.models, now), last=0)
 
     def _over(self, one: Pending, now: float) -> Reason | None:
         """Return why a request goes no further, or None if it does."""
@@ -559,8 +563,8 @@ class Scheduler:
         actions: list[Action] = []
         rows = sum(one.request.rows for one in choice.pending)
         seconds = model.work_s(first, choice.last, rows)
-        taken = {one.request.id for one in choice.pending}
-        if not fresh and len(taken) < len(self._pending):
+        if not fresh and len(choice.pending) < len(self._pending):
+            taken = {one.request.id for one in choice.pending}
             # A batch that has begun can only shrink, so who is left out has all it can get.
             for one in self._waiting():
                 if one.group == group and one.request.id not in taken:
