@@ -5,6 +5,7 @@ late.
 import dataclasses
 import math
 import random
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fakes import FakeNetwork, X, batch_costs, costs_of, quantiles, runner_of
+from impatient.anytime import Exit, Run
 from impatient.clock import NEVER, Deadline, FakeClock
 from impatient.costs import CostProfile, Quantiles
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError, StaleInput
@@ -23,6 +25,7 @@ from impatient.policies import ThresholdPolicy
 from impatient.runtime import Answer, Runner, answer, profile
 from impatient.runtime import run_state as course
 from impatient.runtime.runner import RESERVE_S
+from impatient.tasks import named
 from toys import ToyBackbone
 
 # exit k answers at k + 1.5
@@ -40,6 +43,104 @@ def enough_for(exit: int) -> float:
 
 def heads(network: FakeNetwork) -> list[str]:
     return [part for part in network.ran if part.startswith("head")]
+
+
+# --- one sample, in few calls ---------------------------------------------------------------------
+
+
+class Routed(FakeNetwork):
+    """Stops by itself after some exit, and some of its stages run more than the batch."""
+
+    stops_after: int | None = None
+    shared: tuple[int, ...] = ()
+
+    def exits(self, x: Any, *, keep: bool = False) -> Run:
+        return Run(self._marked())
+
+    def _marked(self) -> Generator[Exit]:
+        for exit in self.stage_by_stage():
+            yield Marked(exit, self)
+
+
+class Marked(Exit):
+    """An exit of such a network."""
+
+    def __init__(self, exit: Exit, network: Routed) -> None:
+        super().__init__(exit.index, torch.zeros(1, 2), lambda _: exit.output())
+        self.whole = exit.index not in network.shared
+        self._ends = exit.index == network.stops_after
+
+    @property
+    def upcoming(self) -> int | None:
+        return None if self._ends else self.index + 1
+
+
+class Looking(ThresholdPolicy):
+    """Looks at features, too."""
+
+    @property
+    def needs_features(self) -> bool:
+        return True
+
+    def stops_one(self, exit: int, output: Tensor | None, pooled: Tensor | None) -> bool:
+        assert pooled is not None
+        return ThresholdPolicy.stops_one(self, exit, output, pooled)
+
+
+POLICIES = [
+    None,
+    ThresholdPolicy(score="max_probability", thresholds=(0.9, math.inf, 0.6, -math.inf)),
+    ThresholdPolicy(
+        score="agreement", thresholds=(math.inf, -2.0, -1.0, -math.inf), task="regression"
+    ),
+    Looking(score="max_probability", thresholds=(2.0, 0.6, 2.0, -math.inf)),
+]
+
+
+@given(
+    seed=st.integers(0, 1000),
+    policy=st.sampled_from(POLICIES),
+    stops_after=st.sampled_from([None, 1]),
+    shared=st.sampled_from([(), (0, 2)]),
+    options=st.sampled_from([{}, {"miss_rate": 0.1}, {"when_late": "raise"}]),
+)
+@settings(max_examples=60)
+def test_one_sample_is_answered_as_by_a_run_that_can_pause(
+    seed: int, policy: Any, stops_after: int | None, shared: tuple[int, ...], options: Any
+) -> None:
+    def told(once: bool) -> list[Any]:
+        draw = random.Random(seed)
+        clock = FakeClock(draw.random())
+        network = Routed(
+            clock,
+            [lambda: draw.choice([0.7, 1.0, 1.0, 3.0])] * 4,
+            HEADS,
+            torch.tensor([[[0.0, 0.0]], [[0.0, 1.0]], [[0.0, 2.0]], [[0.0, 4.0]]]),
+        )
+        network.stops_after, network.shared = stops_after, shared
+        network.task = named("classification" if policy is None else policy.task)
+        runner = runner_of(network, costs_of(STAGES, HEADS), policy, **options)
+        found: list[Any] = []
+        for _ in range(12):
+            deadline = (
+                Deadline.after(draw.uniform(1.0, 9.0), clock) if draw.random() < 0.8 else NEVER
+            )
+            clock.advance(0.25)
+            try:
+                if once:
+                    given = runner.run(X, deadline=deadline)
+                else:
+                    with runner.open(X) as opened:
+                        given = opened.run(deadline=deadline)
+            except NoAnswerInTime as late:
+                found.append(str(late))
+                continue
+            fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+            found.append({**fields, "output": given.output.tolist()})
+            found.append(runner.drift)
+        return [*found, network.ran, runner.report()]
+
+    assert told(once=True) == told(once=False)
 
 
 # --- how deep -------------------------------------------------------------------------------------

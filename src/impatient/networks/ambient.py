@@ -8,7 +8,13 @@ from types import FrameType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
-from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch import (
+    Tensor,
+    get_autocast_dtype,
+    is_autocast_cache_enabled,
+    is_grad_enabled,
+    is_inference_mode_enabled,
+)
 from torch._C import _is_any_autocast_enabled
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -66,14 +72,15 @@ class Ambient:
     __slots__ = ("_cache", "_devices", "_modes", "learns")
 
     def __init__(self) -> None:
-        self.learns = is_grad_enabled()
+        learns = self.learns = is_grad_enabled()
+        casts = _is_any_autocast_enabled()
         # Whether there are gradients, inference mode and autocast.
-        self._modes = (self.learns, is_inference_mode_enabled(), _is_any_autocast_enabled())
-        self._cache = torch.is_autocast_cache_enabled()
-        enabled = self._modes[2] and torch.is_autocast_enabled("cpu")
-        self._devices = [(enabled, torch.get_autocast_dtype("cpu"))]
-        if len(_AUTOCAST_DEVICES) > 1:
+        self._modes = (learns, is_inference_mode_enabled(), casts)
+        self._cache = is_autocast_cache_enabled()
+        if casts or len(_AUTOCAST_DEVICES) > 1:
             self._devices = _Autocast.now().devices
+        else:
+            self._devices = [(False, get_autocast_dtype("cpu"))]
 
     @property
     def _autocast(self) -> _Autocast:

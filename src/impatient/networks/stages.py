@@ -119,10 +119,8 @@ class Position(Ambient):
 
     __slots__ = ("exit", "visited")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.exit: int | None = -1
-        self.visited = False
+    exit: int | None
+    visited: bool
 
 
 class StagedExit(Exit):
@@ -413,7 +411,9 @@ class StagedRun(Run):
     ) -> None:
         # None before the first stage and after the last; first, because `__del__` asks for it.
         self._runner: _Forward | None = None
-        self._position = Position()
+        position = self._position = Position()
+        position.exit = -1
+        position.visited = False
         self._model: nn.Module | None = model
         self._x = x
         self._stages = stages
@@ -599,10 +599,17 @@ class StagedRun(Run):
             visit: Any = self._visit
             position.visited = True
             try:
-                if position.here():
-                    self._left = visit(self._exit_at(index, features))
-                else:
+                if not position.here():
                     self._left = position.enclose(self._called, visit, index, features)
+                elif self._keep or self._size is not None:
+                    self._left = self._called(visit, index, features)
+                else:
+                    # As in `_exit_at`, where nothing is copied or checked.
+                    position.exit = index
+                    head = self._stages.heads[index]
+                    self._left = visit(
+                        StagedExit(index, features, head, position, False, self._mask)
+                    )
             except BaseException as error:
                 # Not through the model, whose own code may catch it.
                 self._error = error
