@@ -1,6 +1,7 @@
 """What the scheduler promises, whatever happens."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,9 +110,53 @@ def test_first_exits_run_in_the_batch_that_is_cheapest_per_sample(
     scheduler = Scheduler(models={"net": model}, rule=GreedyGain())
     (first,) = works(scheduler.arrived(Request(id=0, model="net", deadline=50.0), 0.0))
     for id in range(1, 6):
-        assert not scheduler.arrived(Request(id=id, model="net", deadline=50.0 + id), 0.0)
+        # five, one by one, would be done at 9.0
+        assert not scheduler.arrived(Request(id=id, model="net", deadline=8.0), 0.0)
     (work,) = works(scheduler.finished(first, {}, 1.5))
     assert work.requests == tuple(range(1, 1 + batch))
+
+
+def test_where_all_fits_requests_run_alone_and_by_deadline() -> None:
+    scheduler = scheduler_of()
+    (first,) = scheduler.arrived(Request(id=0, model="net", deadline=4.5), 0.0)
+    for id in (1, 2):
+        assert not scheduler.arrived(Request(id=id, model="net", deadline=20.0 - id), 0.0)
+    ran = []
+    now = 0.0
+    actions = [first]
+    while works(actions):
+        (work,) = works(actions)
+        ran.append((work.requests, work.last))
+        now += work.seconds
+        actions = scheduler.finished(work, {}, now)
+    # first exits alone gain most per second, but leave no time for the third exit of 0
+    assert ran == [((id,), exit) for id in (0, 2, 1) for exit in (0, 1, 2)]
+
+
+def test_where_not_all_fits_first_exits_run_in_a_batch() -> None:
+    scheduler = scheduler_of()
+    (first,) = scheduler.arrived(Request(id=0, model="net", deadline=4.5), 0.0)
+    for id in (1, 2):
+        # one by one they would be done at 3.0
+        assert not scheduler.arrived(Request(id=id, model="net", deadline=2.9), 0.0)
+    (work,) = works(scheduler.finished(first, {}, 1.0))
+    assert (work.requests, work.last) == ((1, 2), 0)
+
+
+def test_what_is_not_worth_its_price_gives_way() -> None:
+    """From exit 1 the last one gains nothing for 0, so 1 is not held up by it."""
+    gains = GainTable(
+        bounds=((0.5,), (), ()),
+        quality=(((0.6, 0.7, 0.9), (0.6, 0.601, 0.602)), ((0.6, 0.7, 0.9),), ((0.6, 0.7, 0.9),)),
+    )
+    model = replace(model_of(), gains=gains)
+    scheduler = Scheduler(models={"net": model}, rule=GreedyGain())
+    (first,) = scheduler.arrived(Request(id=0, model="net", deadline=6.0), 0.0)
+    assert not scheduler.arrived(Request(id=1, model="net", deadline=7.0), 0.0)
+    (work,) = works(scheduler.finished(first, {0: 0.9}, 1.0))
+    assert work.requests == (1,)
+    (work,) = works(scheduler.finished(work, {1: 0.1}, 2.0))
+    assert (work.requests, work.last) == ((1,), 1)
 
 
 def test_who_cannot_be_answered_in_time_is_refused_at_once_or_answered_late() -> None:

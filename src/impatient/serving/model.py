@@ -115,6 +115,12 @@ class ServedModel:
     def num_exits(self) -> int:
         return len(self.quality)
 
+    @property
+    def deepening(self) -> float:
+        """Return the quality gained per second between the first exit and the last, at least 0."""
+        gain = max(0.0, self.quality[-1] - self.quality[0])
+        return gain and gain / self.work_s(1, self.num_exits - 1, 1)
+
     def work_s(self, first: int, last: int, rows: int) -> float:
         """Return usual seconds of the stages from one exit to another, and of the last one's head.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from impatient.serving.scheduler import (
 )
 
 Models = Mapping[str, ServedModel]
+
+# More first answers than this are not planned one by one: it takes long, and seldom fits.
+MOST_ALONE = 8
 
 
 def rows_of(pending: Iterable[Pending]) -> int:
@@ -60,40 +64,52 @@ def cut(members: list[Pending], models: Models) -> list[Pending]:
 class GreedyGain(Rule):
     """Spend the time where it buys most expected quality, and risk nobody's first answer.
 
-    The first exits of waiting requests, in the order of their deadlines, compete with deeper exits
-    of those that have answers. A deeper stage is begun only if all waiting first exits still fit
-    behind it. A stage that gains little may lie before one that gains much, so the best gain per
-    second over all deeper exits counts.
+    Where there is time for all that is worth it, requests run one at a time in the order of their
+    deadlines, and all get it. What is worth it depends on the price of time: each request is to
+    reach the exit at which its gain, less the price of its time, is greatest. The lowest
+    price counts at which all of this fits.
+
+    Where it fits at no price, the best gain per second runs. The first exits of waiting requests,
+    in batches, compete with deeper exits of those that have answers. A stage that gains little may
+    lie before one that gains much, so the best over all deeper exits counts.
+
+    A deeper stage is begun only if all waiting first exits still fit behind it.
 
     Args:
         caution: factor on the time of a deeper stage where first answers wait behind it.
+        prices: prices of time, the highest first; 1 is what the model gains per second on the way
+            from its first exit to its last.
     """
 
-    def __init__(self, caution: float = 1.25) -> None:
+    def __init__(self, caution: float = 1.25, prices: Sequence[float] = (1.3, 0.5)) -> None:
         self._caution = caution
+        self._prices = prices
 
     def choose(self, waiting: Sequence[Pending], models: Models, now: float) -> Choice | None:
         if len(waiting) == 1:
             # what follows comes to the same, in ten times as many steps
             if waiting[0].exit < 0:
                 return Choice(pending=waiting, last=0)
-            return _deeper(waiting, models, now)[0]
+            return _ahead(waiting, models, now).choice
         first = without_answer(waiting)
-        best: Choice | None = None
-        best_ratio = 0.0
-        for members in groups_of(waiting, models):
-            found, ratio, seconds = _deeper(members, models, now)
-            if found is None or ratio <= best_ratio:
-                continue
-            if first_exits_fit(first, models, now + self._caution * seconds):
-                best, best_ratio = found, ratio
+        deeper = [_ahead(members, models, now) for members in groups_of(waiting, models)]
+        if len(first) <= MOST_ALONE:
+            alone = [_ahead([one], models, now) for one in first]
+            planned = _planned(alone + deeper, self._prices, now)
+            if planned and (planned in alone or self._safe(planned, first, models, now)):
+                return planned.choice
+        deeper = [one for one in deeper if one.choice and self._safe(one, first, models, now)]
+        best = max(deeper, key=lambda one: one.best, default=_NOTHING)
         if not first:
-            return best
+            return best.choice
         batch = first_batch(first, models, now)
         worth = sum(_weight(one) * one.expected[0] for one in batch)
-        if best is not None and best_ratio > worth / first_s(batch, models):
-            return best
+        if best.best > worth / first_s(batch, models):
+            return best.choice
         return Choice(pending=batch, last=0)
+
+    def _safe(self, deeper: _Ahead, first: Sequence[Pending], models: Models, now: float) -> bool:
+        return first_exits_fit(first, models, now + self._caution * deeper.seconds)
 
     def deepens(self, one: Pending) -> bool:
         return one.expected[one.exit + 1] > one.expected[one.exit]
@@ -103,31 +119,69 @@ def _weight(one: Pending) -> float:
     return (1 + one.request.priority) * one.request.rows
 
 
-def _deeper(
-    members: Sequence[Pending], models: Models, now: float
-) -> tuple[Choice | None, float, float]:
-    """Return a group's next stage, its gain per second, and its seconds.
+class _Ahead(NamedTuple):
+    """What requests that go on together can gain.
 
-    Requests for which the stage would be too late are left out.
+    Attributes:
+        choice: their next stage; None if nobody is in time for it, or nothing is gained.
+        seconds: time of the next stage.
+        exits: the gain up to each exit ahead, and its seconds.
+        best: the greatest gain per second of these exits.
+        unit: gain per second of the model, on the way from its first exit to its last.
     """
+
+    choice: Choice | None
+    seconds: float = 0.0
+    exits: Sequence[tuple[float, float]] = ()
+    best: float = 0.0
+    unit: float = 0.0
+
+
+_NOTHING = _Ahead(choice=None)
+
+
+def _ahead(members: Sequence[Pending], models: Models, now: float) -> _Ahead:
+    """Look ahead of a group, without those for whom its next stage would be too late."""
     model = models[members[0].request.model]
     here = members[0].exit
     seconds = model.work_s(here + 1, here + 1, rows_of(members))
     going = [one for one in members if now + seconds <= one.request.deadline]
-    if not going:
-        return None, 0.0, 0.0
-    best = 0.0
+    exits = []
     for target in range(here + 1, model.num_exits):
         needed_s = model.work_s(here + 1, target, rows_of(going))
         gain = sum(
-            _weight(one) * (one.expected[target] - one.expected[here])
+            _weight(one) * (one.expected[target] - one.expected_now)
             for one in going
             if now + needed_s <= one.request.deadline
         )
-        best = max(best, gain / needed_s)
+        exits.append((gain, needed_s))
+    best = max(gain / needed_s for gain, needed_s in exits)
     if best <= 0.0:
-        return None, 0.0, 0.0
-    return Choice(pending=going, last=here + 1), best, seconds
+        return _NOTHING
+    return _Ahead(Choice(pending=going, last=here + 1), seconds, exits, best, model.deepening)
+
+
+def _planned(groups: Sequence[_Ahead], prices: Sequence[float], now: float) -> _Ahead | None:
+    """Return who runs first where all that is worth it fits, None where it fits at no price."""
+    earliest = None
+    for price in prices:
+        plan = []
+        for group in groups:
+            gains = (
+                (gain - price * group.unit * spent_s, spent_s) for gain, spent_s in group.exits
+            )
+            worth, needed_s = max(gains, default=(0.0, 0.0))
+            if worth > 0.0 and group.choice:
+                plan.append((group.choice.pending[0].request.deadline, needed_s, group))
+        plan.sort(key=lambda step: step[0])
+        end = now
+        for deadline, needed_s, _ in plan:
+            end += needed_s
+            if end > deadline:
+                return earliest
+        if plan:
+            earliest = plan[0][2]
+    return earliest
 
 
 class FirstThenRoundRobin(Rule):
@@ -189,7 +243,7 @@ class DynamicProgramme(Rule):
         Returns values, and its depth at each of them.
         """
         latest = int((one.request.deadline - now) / slot_s)
-        best = value + (one.expected[one.exit] if one.exit >= 0 else 0.0)
+        best = value + one.expected_now
         depth = np.full(len(value), one.exit)
         for target in range(one.exit + 1, models[one.request.model].num_exits):
             taken = self._needs(one, target, models, slot_s)

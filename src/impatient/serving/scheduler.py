@@ -102,12 +102,14 @@ class Pending:
             self.expected = model.gains.expected(exit, score)
 
     @property
+    def expected_now(self) -> float:
+        """Return the expected quality of the latest answer; 0 before the first."""
+        return self.expected[self.exit] if self.exit >= 0 else 0.0
+
+    @property
     def gain_ahead(self) -> float:
         """Return the most that a deeper exit is expected to gain."""
-        if self.exit < 0:
-            return max(self.expected)
-        ahead = self.expected[self.exit + 1 :]
-        return max(ahead, default=0.0) - self.expected[self.exit]
+        return max(self.expected[self.exit + 1 :], default=0.0) - self.expected_now
 
 
 # What every request needs is a named tuple, which is made in half the time of a frozen dataclass.
