@@ -133,29 +133,6 @@ def test_the_scale_is_the_order_statistic_of_the_window(
         assert least * (1 - 1e-9) <= drift.scale <= max(least, min(1.0, least / 0.8)) * (1 + 1e-9)
 
 
-@given(
-    st.lists(st.one_of(st.floats(0.01, 3.0), st.floats(0.01, 300.0)), max_size=40),
-    st.sampled_from([0.5, 0.9, 0.99]),
-)
-def test_the_ceiling_is_never_below_the_scale(ratios: list[float], quantile: float) -> None:
-    told, asked = SlowdownEstimator(quantile), SlowdownEstimator(quantile)
-    for place, ratio in enumerate(ratios):
-        told.observe(ratio)
-        asked.observe(ratio)
-        assert told.ceiling >= asked.scale
-        # As where it did not suffice.
-        if place % 7 == 6:
-            assert told.scale == asked.scale
-
-
-def test_what_fits_is_decided_by_the_scale_where_the_ceiling_is_too_high() -> None:
-    predictor = TimePredictor([1.0], 0.9, drift=SlowdownEstimator(0.9))
-    predictor.observe(0, 50.0)
-    assert predictor.drift.ceiling == 50.0
-    assert predictor.fits(0, 0.0, 1.5, 0.0)
-    assert not predictor.fits(0, 0.0, 0.9, 0.0)
-
-
 @pytest.mark.parametrize(("quantile", "stages"), [(0.5, 50), (0.99, 200), (0.999, 2000)])
 def test_a_profile_of_a_bad_moment_is_corrected_when_the_window_has_passed(
     quantile: float, stages: int

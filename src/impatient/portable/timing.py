@@ -84,18 +84,6 @@ class SlowdownEstimator:
             self._catch_up()
         return self._sorted[self._place]
 
-    @property
-    def ceiling(self) -> float:
-        """Return a number that the scale does not exceed, which costs less to compute."""
-        new = self._new
-        count = len(new)
-        if not 0 < count <= FEW:
-            return self.scale
-        ratios = self._sorted
-        # Each new ratio replaces one and so moves the quantile by at most a place.
-        place = min(self._place + count, len(ratios) - 1)
-        return max(1.0, ratios[place], max(new, default=1.0))
-
     def _catch_up(self) -> None:
         """Move the window over all that was observed, which waits until somebody asks."""
         with self._lock:
@@ -119,15 +107,13 @@ class SlowdownEstimator:
             return _STEPS[bisect.bisect_left(_STEPS, ratio)]
         return min(max(1.0, ratio), self.LARGEST)
 
-    # Only estimates that learn from late answers look at them.
-    def answered(self, *, late: bool, exit: int) -> None:  # noqa: ARG002
+    def answered(self, *, late: bool, exit: int) -> None:
         """Record whether an answer with a deadline was late, for estimates that learn from that.
 
         Args:
             late: whether it was.
             exit: the exit that answered.
         """
-        self._catch_up()
 
     def forget(self) -> None:
         """Move the estimate a little towards 1.
@@ -192,12 +178,7 @@ class TimePredictor:
         """
         if exit >= len(self._next_s):
             return True
-        next_s = self._next_s[exit]
-        drift = self.drift
-        # Where there is time enough, nothing is sorted.
-        if now + next_s * drift.ceiling + reserve_s <= deadline:
-            return True
-        return now + next_s * drift.scale + reserve_s <= deadline
+        return now + self._next_s[exit] * self.drift.scale + reserve_s <= deadline
 
     def observe(self, exit: int, measured_s: float, *, answered: bool = False) -> None:
         """Record the measured time of an exit.

@@ -83,7 +83,6 @@ class MissRate(LatestRatios):
 
     def answered(self, *, late: bool, exit: int) -> None:
         """Adjust the scale after an answer with a deadline."""
-        self._catch_up()
         if late and exit == 0:
             return
         with self._lock:
