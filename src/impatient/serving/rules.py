@@ -66,8 +66,8 @@ class GreedyGain(Rule):
 
     Where there is time for all that is worth it, requests run one at a time in the order of their
     deadlines, and all get it. What is worth it depends on the price of time: each request is to
-    reach the exit at which its gain, less the price of its time, is greatest. The lowest
-    price counts at which all of this fits.
+    reach the exit at which its gain, less the price of its time, is greatest. The lowest price
+    counts at which all of this fits.
 
     Where it fits at no price, the best gain per second runs. The first exits of waiting requests,
     in batches, compete with deeper exits of those that have answers. A stage that gains little may
