@@ -92,7 +92,7 @@ def chosen_scale(options: argparse.Namespace) -> Scale:
 def page(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> str:
     """Write the accuracy of every iteration as markdown, with what follows from it.
 
-    BASELINE's stands beside it once all its trainings are among the results.
+    BASELINE's stands beside it, of those seeds whose training is among the results.
     """
     (case,) = scale.cases
     names = scale.net.schedule.names
@@ -108,7 +108,9 @@ def page(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> str:
             "iteration": name,
             "own statistics, %": spread([run[place] for run in accuracies["own"]]).text(),
             "shared statistics, %": spread([run[place] for run in accuracies["shared"]]).text(),
-            "BASELINE, %": spread(plain).text() if plain and place == len(names) - 1 else "",
+            "BASELINE, %": spread([*plain.values()]).text()
+            if plain and place == len(names) - 1
+            else "",
         }
         for place, name in enumerate(names)
     ]
@@ -129,22 +131,26 @@ one cycle up to a learning rate of {training.lr}, {training.precision}, \
 AnytimeNet trained for {seconds:.0f} s on one thread, while other programs ran. {made}"""
 
 
-def baseline(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> list[float]:
-    """Return BASELINE's accuracies of all seeds, in per cent, or none if a training lacks."""
-    keys = [key(scale.cases[0], "baseline", seed) for seed in range(scale.seeds)]
-    if not all(name in results for name in keys):
-        return []
-    return [100 * results[name]["shared"]["accuracy"][-1] for name in keys]
+def baseline(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:
+    """Return BASELINE's accuracies in per cent, by seed, of trainings that are done."""
+    keys = {seed: key(scale.cases[0], "baseline", seed) for seed in range(scale.seeds)}
+    return {
+        seed: 100 * results[name]["shared"]["accuracy"][-1]
+        for seed, name in keys.items()
+        if name in results
+    }
 
 
-def _against(last: Sequence[float], plain: Sequence[float], tested: int) -> str:
-    """Say how the last iterations stand to BASELINE, both in per cent."""
+def _against(last: Sequence[float], plain: Mapping[int, float], tested: int) -> str:
+    """Say how the last iterations stand to BASELINE, both in per cent, seed by seed."""
     if not plain:
         return "BASELINE has not been trained at this size yet; nothing is claimed against it."
-    gain = spread([run - other for run, other in zip(last, plain, strict=True)])
-    half = 100 * sampling_half_width((last[0] / 100, plain[0] / 100), tested)
-    return f"""The last iteration minus BASELINE: {gain.text(sign=True)} points; of one seed, \
-the {tested:,} test images alone leave ±{half:.1f} (95 %, as if they were two samples)."""
+    gain = spread([last[seed] - other for seed, other in plain.items()])
+    seed, other = next(iter(plain.items()))
+    half = 100 * sampling_half_width((last[seed] / 100, other / 100), tested)
+    seeds = f"{len(plain)} seed{'s' * (len(plain) > 1)}"
+    return f"""The last iteration minus BASELINE, {seeds}: {gain.text(sign=True)} points; of one \
+seed, the {tested:,} test images alone leave ±{half:.1f} (95 %, as if they were two samples)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -194,6 +194,32 @@ def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(
     assert kept.quality.double().mean(1).tolist() == rounded["accuracy"]
 
 
+def test_long_trainings_are_held_against_those_baselines_that_are_done() -> None:
+    scale = dataclasses.replace(long.smoke(), seeds=3)
+    (case,) = scale.cases
+    count = len(scale.net.schedule.names)
+
+    def judged(last: float) -> dict[str, Any]:
+        return {"accuracy": [0.5] * (count - 1) + [last], "counts": [200] * 10}
+
+    results: dict[str, Any] = {
+        key(case, "anytime", seed): {
+            "own": judged(last),
+            "shared": judged(0.4),
+            "seconds": 60.0,
+            "images": 100,
+            "processor": "abacus",
+        }
+        for seed, last in enumerate((0.80, 0.82, 0.90))
+    }
+    for seed, last in ((0, 0.81), (2, 0.86)):
+        results[key(case, "baseline", seed)] = {"shared": judged(last)}
+    text = long.page(scale, results)
+    # -1 and +4 points, of the same seeds
+    assert "The last iteration minus BASELINE, 2 seeds: +1.5 ± 3.5 points" in text
+    assert re.search(rf"{scale.net.schedule.names[-1]} \| 84.0 ± 5.3 \| .* \| 83.5 ± 3.5 \|", text)
+
+
 @pytest.mark.parametrize("name", ["cifar10", "gtsrb", "scarce"])
 def test_long_trainings_take_any_case_with_its_own_augmentation(name: str, tmp_path: Path) -> None:
     options = long.options_parser(None).parse_args([str(tmp_path), "--case", name, "--epochs", "6"])

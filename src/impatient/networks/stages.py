@@ -119,8 +119,10 @@ class Position(Ambient):
 
     __slots__ = ("exit", "visited")
 
-    exit: int | None
-    visited: bool
+    def __init__(self) -> None:
+        super().__init__()
+        self.exit: int | None = -1
+        self.visited = False
 
 
 class StagedExit(Exit):
@@ -411,9 +413,7 @@ class StagedRun(Run):
     ) -> None:
         # None before the first stage and after the last; first, because `__del__` asks for it.
         self._runner: _Forward | None = None
-        position = self._position = Position()
-        position.exit = -1
-        position.visited = False
+        self._position = Position()
         self._model: nn.Module | None = model
         self._x = x
         self._stages = stages
