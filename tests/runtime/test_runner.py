@@ -45,7 +45,7 @@ def heads(network: FakeNetwork) -> list[str]:
     return [part for part in network.ran if part.startswith("head")]
 
 
-# --- one sample, in few calls ---------------------------------------------------------------------
+# --- one sample, with and without pauses ----------------------------------------------------------
 
 
 class Routed(FakeNetwork):

@@ -599,17 +599,10 @@ class StagedRun(Run):
             visit: Any = self._visit
             position.visited = True
             try:
-                if not position.here():
-                    self._left = position.enclose(self._called, visit, index, features)
-                elif self._keep or self._size is not None:
-                    self._left = self._called(visit, index, features)
+                if position.here():
+                    self._left = visit(self._exit_at(index, features))
                 else:
-                    # As in `_exit_at`, where nothing is copied or checked.
-                    position.exit = index
-                    head = self._stages.heads[index]
-                    self._left = visit(
-                        StagedExit(index, features, head, position, False, self._mask)
-                    )
+                    self._left = position.enclose(self._called, visit, index, features)
             except BaseException as error:
                 # Not through the model, whose own code may catch it.
                 self._error = error

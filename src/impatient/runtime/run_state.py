@@ -33,11 +33,6 @@ def looks_of(policy: Policy, exit: int) -> Looks | None:
     return Looks(policy.needs_outputs, policy.needs_features)
 
 
-def ended_early(last: int) -> RunError:
-    """Return the error of a network whose run ends before its last exit."""
-    return RunError(f"the network's run ended before exit {last}; its last exit must always come.")
-
-
 class Plan:
     """What the runs of a runner share.
 
@@ -148,7 +143,7 @@ class RunState:
             self._begin()
         exit = None if self._run is None else next(self._run, None)
         if exit is None:
-            raise ended_early(self._last)
+            raise self.ended_early()
         return exit
 
     def walk(self, visit: Callable[[Exit], bool]) -> None:
@@ -175,6 +170,12 @@ class RunState:
         if self._progress is not None:
             self._progress.go_on()
         self.began = self._now()
+
+    def ended_early(self) -> RunError:
+        """Return the error of a network whose run ends before its last exit."""
+        return RunError(
+            f"the network's run ended before exit {self._last}; its last exit must always come."
+        )
 
     def stops(self, now: float) -> Literal["final", "policy"] | None:
         """Return why to stop at this exit whatever time is left, or None.

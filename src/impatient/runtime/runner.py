@@ -54,8 +54,7 @@ from impatient.runtime.rows import (
     row_deadlines,
     row_limits,
 )
-from impatient.runtime.run_state import Plan, RunState, ended_early
-from impatient.runtime.straight import answer_one
+from impatient.runtime.run_state import Plan, RunState
 
 
 class Runner:
@@ -143,8 +142,6 @@ class Runner:
             size: _predictor_of(batch, statistic, gates, self._drift, accuracy)
             for size, batch in costs.batches.items()
         }
-        # Whether single samples may take the way with fewer calls.
-        self._costs_one = 1 in self._predictors and not (policy is not None and policy.routes)
         self._runs = itertools.count()
         self._worker = Worker()
         weakref.finalize(self, self._worker.forget).atexit = False
@@ -201,9 +198,6 @@ class Runner:
             RunError: if there is not one deadline or limit per row, or rows with budgets of their
                 own are to be sent from network to network.
         """
-        alone = isinstance(x, Tensor) and x.shape[:1] == (1,) and x.is_cpu and self._costs_one
-        if alone and isinstance(deadline, Deadline) and not limits:
-            return answer_one(self, x, self.begun(1), deadline)
         return ContractRun(self, x)._run_once(deadline, limits)
 
     def open(self, x: Any) -> ContractRun:
@@ -492,7 +486,7 @@ class ContractRun:
             try:
                 self._state.walk(self._step)
                 if self._stopped_by is None:
-                    raise ended_early(self._runner._plan.last)
+                    raise self._state.ended_early()
                 return self._answer()
             finally:
                 if self._rows is not None:
