@@ -21,7 +21,7 @@ from impatient.files import write_text
 from papers.anytimenet.recipe import NORMS, SCALES, THIN, Case, Net, Scale, build, jobs, key
 from papers.data import load
 from papers.jobs import finished, run_jobs
-from papers.results import fill, made_by, markdown, sampling_half_width, spread
+from papers.results import fill, made_by, markdown, sampling_half_width, spread, write_csv
 from papers.throughput import chosen_precision
 
 HERE = Path(__file__).parent
@@ -131,6 +131,22 @@ one cycle up to a learning rate of {training.lr}, {training.precision}, \
 AnytimeNet trained for {seconds:.0f} s on one thread, while other programs ran. {made}"""
 
 
+def seed_rows(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per seed and iteration, with accuracies in per cent."""
+    plain = baseline(scale, results)
+    rows = []
+    for seed in range(scale.seeds):
+        run = results[key(scale.cases[0], "anytime", seed)]
+        shares = zip(*(run[norms]["accuracy"] for norms in NORMS), strict=True)
+        for name, found in zip(scale.net.schedule.names, shares, strict=True):
+            row = {"seed": seed, "iteration": name}
+            rows.append(row | {n: 100 * share for n, share in zip(NORMS, found, strict=True)})
+        last = {"seed": seed, "iteration": "BASELINE"}
+        if seed in plain:
+            rows.append(last | dict.fromkeys(NORMS, plain[seed]))
+    return rows
+
+
 def baseline(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:
     """Return BASELINE's accuracies in per cent, by seed, of trainings that are done."""
     keys = {seed: key(scale.cases[0], "baseline", seed) for seed in range(scale.seeds)}
@@ -178,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_text((options.out or options.runs) / "long.md", text + "\n")
     else:
         write_text(HERE / "results" / "long" / f"{name}.md", text + "\n")
+        write_csv(HERE / "results" / "long" / f"{name}.csv", seed_rows(scale, results))
         fill(HERE / "README.md", name, text)
 
 

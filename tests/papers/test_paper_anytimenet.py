@@ -214,6 +214,9 @@ def test_long_trainings_are_held_against_those_baselines_that_are_done() -> None
     }
     for seed, last in ((0, 0.81), (2, 0.86)):
         results[key(case, "baseline", seed)] = {"shared": judged(last)}
+    rows = long.seed_rows(scale, results)
+    assert [row["own"] for row in rows if row["iteration"] == "BASELINE"] == [81.0, 86.0]
+    assert len(rows) == 3 * count + 2
     text = long.page(scale, results)
     # -1 and +4 points, of the same seeds
     assert "The last iteration minus BASELINE, 2 seeds: +1.5 ± 3.5 points" in text
