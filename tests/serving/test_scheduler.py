@@ -116,7 +116,7 @@ def test_first_exits_run_in_the_batch_that_is_cheapest_per_sample(
     assert work.requests == tuple(range(1, 1 + batch))
 
 
-def test_where_all_fits_requests_run_alone_and_by_deadline() -> None:
+def test_where_a_batch_would_be_late_for_one_requests_run_alone_and_by_deadline() -> None:
     scheduler = scheduler_of()
     (first,) = scheduler.arrived(Request(id=0, model="net", deadline=4.5), 0.0)
     for id in (1, 2):
@@ -130,7 +130,18 @@ def test_where_all_fits_requests_run_alone_and_by_deadline() -> None:
         now += work.seconds
         actions = scheduler.finished(work, {}, now)
     # first exits alone gain most per second, but leave no time for the third exit of 0
-    assert ran == [((id,), exit) for id in (0, 2, 1) for exit in (0, 1, 2)]
+    # those who are left have time for a batch
+    assert ran == [(ids, exit) for ids in ((0,), (2, 1)) for exit in (0, 1, 2)]
+
+
+def test_where_batches_have_time_for_all_first_exits_run_in_a_batch() -> None:
+    scheduler = scheduler_of()
+    (first,) = scheduler.arrived(Request(id=0, model="net", deadline=40.0), 0.0)
+    for id in (1, 2):
+        assert not scheduler.arrived(Request(id=id, model="net", deadline=20.0 - id), 0.0)
+    (work,) = works(scheduler.finished(first, {}, 1.0))
+    # earliest deadline first
+    assert (work.requests, work.last) == ((2, 1), 0)
 
 
 def test_where_not_all_fits_first_exits_run_in_a_batch() -> None:

@@ -6,6 +6,7 @@ are written after their papers' descriptions, with an exit in the place of each 
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -69,9 +70,10 @@ class GreedyGain(Rule):
     reach the exit at which its gain, less the price of its time, is greatest. The lowest price
     counts at which all of this fits.
 
-    Where it fits at no price, the best gain per second runs. The first exits of waiting requests,
-    in batches, compete with deeper exits of those that have answers. A stage that gains little may
-    lie before one that gains much, so the best over all deeper exits counts.
+    Where it fits at no price, or where batches would have all at the last exit before the earliest
+    deadline, the best gain per second runs. The first exits of waiting requests, in batches,
+    compete with deeper exits of those that have answers. A stage that gains little may lie before
+    one that gains much, so the best over all deeper exits counts.
 
     A deeper stage is begun only if all waiting first exits still fit behind it.
 
@@ -93,7 +95,7 @@ class GreedyGain(Rule):
             return _ahead(waiting, models, now).choice
         first = without_answer(waiting)
         deeper = [_ahead(members, models, now) for members in groups_of(waiting, models)]
-        if len(first) <= MOST_ALONE:
+        if len(first) <= MOST_ALONE and _pressed(waiting, models, now):
             alone = [_ahead([one], models, now) for one in first]
             planned = _planned(alone + deeper, self._prices, now)
             if planned and (planned in alone or self._safe(planned, first, models, now)):
@@ -113,6 +115,17 @@ class GreedyGain(Rule):
 
     def deepens(self, one: Pending) -> bool:
         return one.expected[one.exit + 1] > one.expected[one.exit]
+
+
+def _pressed(waiting: Sequence[Pending], models: Models, now: float) -> bool:
+    """Tell whether some deadline comes before batches would have all at the last exit."""
+    rows = collections.Counter[tuple[str, int]]()
+    for one in waiting:
+        rows[one.request.model, one.exit] += one.request.rows
+    end = now
+    for (name, exit), count in rows.items():
+        end += models[name].work_s(exit + 1, models[name].num_exits - 1, count)
+    return end > min(one.request.deadline for one in waiting)
 
 
 def _weight(one: Pending) -> float:
