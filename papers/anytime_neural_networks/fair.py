@@ -230,6 +230,7 @@ def page(scale: FairScale, rows: Sequence[Mapping[str, Any]], processor: str) ->
     half = len(SHARES) // 2
     images = f"{scale.training.images:,} images of " if scale.training.images else ""
     steps = f"{scale.training.epochs} epochs of {images}{scale.training.data}"
+    seeds = f"{scale.seeds} seeds, mean ± standard deviation" if scale.seeds > 1 else "one seed"
     chosen = f"by trainings of {scale.trial_epochs} epochs " if scale.trial_epochs else ""
     return "\n".join(
         [
@@ -240,8 +241,8 @@ def page(scale: FairScale, rows: Sequence[Mapping[str, Any]], processor: str) ->
             "",
             markdown(table),
             "",
-            f"{scale.blocks} blocks and exits, {scale.c} channels, {steps}; {scale.seeds} seeds, "
-            f"mean ± standard deviation; rates chosen {chosen}on the validation split of seed 0 "
+            f"{scale.blocks} blocks and exits, {scale.c} channels, {steps}; {seeds}; "
+            f"rates chosen {chosen}on the validation split of seed 0 "
             f"from {', '.join(f'{rate:g}' for rate in scale.rates)}. "
             f"{made_by(processor, 'papers.anytime_neural_networks.fair')}",
         ]
