@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from impatient.errors import PolicyError
 from impatient.policies import STOP, SelectionPolicy, Topology, costsensitive
-from impatient.policies.costsensitive import RIDGE, Standardised, fit_decision
+from impatient.policies.costsensitive import RIDGE, Decision, Standardised, fit_decision
 
 LEARNERS = ["logistic", "svm", "mlp", "boosting"]
 METHODS = ["filter_tree", "regression"]
@@ -328,3 +328,20 @@ def test_other_features_are_refused():
 def test_arrays_that_make_no_choice_are_refused(change):
     with pytest.raises(PolicyError):
         dataclasses.replace(fit_decision(*drawn()), **change)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1), (1, 2)])
+def test_offsets_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    def decision(offsets: torch.Tensor) -> Decision:
+        return Decision(
+            num_actions=2,
+            mean=torch.zeros(3),
+            scale=torch.ones(3),
+            machines={"slopes": torch.ones(1, 3, dtype=torch.float64), "offsets": offsets},
+            children=torch.tensor([[0, 1]]),
+            root=2,
+        )
+
+    assert decision(torch.zeros(1, dtype=torch.float64)).linear is not None
+    with pytest.raises(PolicyError, match="it again"):
+        decision(torch.zeros(shape, dtype=torch.float64))

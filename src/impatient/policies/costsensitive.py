@@ -99,7 +99,10 @@ class Decision:
             raise PolicyError(
                 f"the arrays of the scoring functions do not fit each other ({error}); fit again."
             ) from error
-        if found != (1, wanted) or len(self.scale) != len(self.mean) or not real:
+        # one offset for all, or a table of them, would fit as well
+        offsets = self.machines.get("offsets")
+        alike = offsets is None or offsets.shape == (wanted,)
+        if found != (1, wanted) or len(self.scale) != len(self.mean) or not (real and alike):
             raise PolicyError(
                 f"scoring functions give scores of shape {tuple(found)} for {len(self.mean)} "
                 f"features; expected real numbers of shape {(1, wanted)}. Fit again."
