@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,10 +166,7 @@ class MultiExitNetwork(Network):
             A run belongs to the thread that advances it. Several threads may each run the same
             network.
         """
-        # Past the look-up of modules by torch, which takes longer than all else here.
-        backbone: Any = self._modules["backbone"]
-        mask = None if isinstance(x, Tensor) else mask_of(x, self.mask)
-        return StagedRun(backbone, x, self._plan(), self.output, self.shrinks, keep, mask)
+        return self._run(x, keep, self.shrinks)
 
     def shrinks(self, x: Any) -> bool:
         """Tell whether a run may go on with some of its samples (`StagedRun.keep`).
@@ -186,7 +183,7 @@ class MultiExitNetwork(Network):
             return False
         kind = shrinking.kind_of(x)
         if kind not in self._shrinks:
-            verdict = shrinking.judge(self._trial, self.num_exits, x)
+            verdict = shrinking.judge(self._run, self.num_exits, x)
             if not verdict.shrinks:
                 log.info("batches of this network do not shrink: %s", verdict.reason)
             if verdict.shrinks is None:
@@ -204,10 +201,13 @@ class MultiExitNetwork(Network):
             return torch.as_tensor(exit.features)
         return pooled(exit.features, self.layouts[exit.index], exit.mask)
 
-    def _trial(self, x: Any) -> StagedRun:
-        """Make a run that is believed to shrink."""
-        mask = self.mask_of(x)
-        return StagedRun(self.backbone, x, self._plan(), self.output, lambda _: True, mask=mask)
+    def _run(
+        self, x: Any, keep: bool = False, shrinks: Callable[[Any], bool] = lambda _: True
+    ) -> StagedRun:
+        # Past the look-up of modules by torch, which takes longer than all else here.
+        backbone: Any = self._modules["backbone"]
+        mask = None if isinstance(x, Tensor) else mask_of(x, self.mask)
+        return StagedRun(backbone, x, self._plan(), self.output, shrinks, keep, mask)
 
     def _plan(self) -> Stages:
         """Return how the backbone is cut, with the modules that it has now."""
