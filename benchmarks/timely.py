@@ -58,6 +58,7 @@ from impatient.serving import (
     simulate,
 )
 from impatient.serving.load import arrivals
+from impatient.serving.rules import without_answer
 from impatient.serving.scheduler import Choice, Pending, first_exits_fit
 from papers.data import shared_folder
 
@@ -83,7 +84,7 @@ class Foresight(GreedyGain):
         self, waiting: Sequence[Pending], models: Mapping[str, ServedModel], now: float
     ) -> Choice | None:
         self._until = math.inf
-        first = [one for one in waiting if one.exit < 0]
+        first = without_answer(waiting)
         found = super().choose(waiting, models, now)
         alone = [Choice(pending=[one], last=0) for one in first]
         for choice in [] if found is None else [found, *alone]:

@@ -83,16 +83,14 @@ SCALES = {
     ),
     # 3,500 steps each
     "cifar10": FairScale(
-        training=Training(
+        training=dataclasses.replace(
+            DIGITS,
             data="cifar10",
             images=8_000,
             validation=2_000,
             epochs=7,
             batch_size=16,
-            lr=0.0,
-            schedule="cosine",
             augment="crop-flip",
-            update_every=1,
             precision="bf16-mixed",
         ),
         n=6,

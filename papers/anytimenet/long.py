@@ -141,9 +141,9 @@ def seed_rows(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> list[di
         for name, found in zip(scale.net.schedule.names, shares, strict=True):
             row = {"seed": seed, "iteration": name}
             rows.append(row | {n: 100 * share for n, share in zip(NORMS, found, strict=True)})
-        last = {"seed": seed, "iteration": "BASELINE"}
         if seed in plain:
-            rows.append(last | dict.fromkeys(NORMS, plain[seed]))
+            row = {"seed": seed, "iteration": "BASELINE"}
+            rows.append(row | dict.fromkeys(NORMS, plain[seed]))
     return rows
 
 

@@ -70,6 +70,9 @@ def map_leaves(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
     A mapping that is no dataclass becomes a dict.
     """
+    if isinstance(tree, Tensor):
+        # the usual tree, in fewer steps
+        return change(tree)
 
     def changed(leaf: Any) -> Any:
         if isinstance(leaf, Ragged):

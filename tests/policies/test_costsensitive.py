@@ -343,5 +343,5 @@ def test_offsets_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         )
 
     assert decision(torch.zeros(1, dtype=torch.float64)).linear is not None
-    with pytest.raises(PolicyError, match="it again"):
+    with pytest.raises(PolicyError, match="do not fit each other"):
         decision(torch.zeros(shape, dtype=torch.float64))

@@ -110,8 +110,7 @@ def test_first_exits_run_in_the_batch_that_is_cheapest_per_sample(
     scheduler = Scheduler(models={"net": model}, rule=GreedyGain())
     (first,) = works(scheduler.arrived(Request(id=0, model="net", deadline=50.0), 0.0))
     for id in range(1, 6):
-        # five, one by one, would be done at 9.0
-        assert not scheduler.arrived(Request(id=id, model="net", deadline=8.0), 0.0)
+        assert not scheduler.arrived(Request(id=id, model="net", deadline=50.0 + id), 0.0)
     (work,) = works(scheduler.finished(first, {}, 1.5))
     assert work.requests == tuple(range(1, 1 + batch))
 
@@ -233,7 +232,7 @@ def test_bad_requests_are_refused_with_what_was_expected() -> None:
     scheduler = scheduler_of()
     with pytest.raises(ServingError, match="expected a new number and one of the models net"):
         scheduler.arrived(Request(id=0, model="nett", deadline=1.0), 0.0)
-    with pytest.raises(ServingError, match="at least 0, and a finite instant"):
+    with pytest.raises(ServingError, match="expected a finite instant"):
         Request(id=0, model="net", deadline=math.inf)
     with pytest.raises(ServingError, match="one cost per exit"):
         ServedModel(name="net", stages_s={1: (1.0,)}, quality=(0.5, 0.6))

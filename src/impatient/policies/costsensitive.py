@@ -94,15 +94,15 @@ class Decision:
         wanted = self.num_actions if self.root == REGRESSION else len(self.children)
         try:
             found = self.scores(self.mean[None]).shape
+            # one for all, or a table of them, would fit as well
+            if (offsets := tuple(self.machines["offsets"].shape)) != (wanted,):
+                raise ValueError(f"offsets of shape {offsets}, expected {(wanted,)}")
             real = not any(value.is_complex() for value in (self.scale, *self.machines.values()))
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise PolicyError(
                 f"the arrays of the scoring functions do not fit each other ({error}); fit again."
             ) from error
-        # one offset for all, or a table of them, would fit as well
-        offsets = self.machines.get("offsets")
-        alike = offsets is None or offsets.shape == (wanted,)
-        if found != (1, wanted) or len(self.scale) != len(self.mean) or not (real and alike):
+        if found != (1, wanted) or len(self.scale) != len(self.mean) or not real:
             raise PolicyError(
                 f"scoring functions give scores of shape {tuple(found)} for {len(self.mean)} "
                 f"features; expected real numbers of shape {(1, wanted)}. Fit again."

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from impatient import checks
 from impatient.errors import ServingError
 from impatient.serving.model import ServedModel
 
@@ -58,11 +59,12 @@ class Request:
     best_effort: bool = False
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.priority < 0 or not math.isfinite(self.deadline):
+        checks.at_least(ServingError, 1, rows=self.rows)
+        checks.at_least(ServingError, 0, priority=self.priority)
+        if not math.isfinite(self.deadline):
             raise ServingError(
-                f"request {self.id} has rows={self.rows}, priority={self.priority} and "
-                f"deadline={self.deadline}; expected at least 1, at least 0, and a finite instant. "
-                "Every request has a deadline: give it a default."
+                f"request {self.id} has the deadline {self.deadline}; expected a finite instant. "
+                "Every request has one: give it a default."
             )
 
     def due(self, reserve_s: float) -> float:
@@ -103,7 +105,7 @@ class Pending:
 
     @property
     def expected_now(self) -> float:
-        """Return the expected quality of the latest answer; 0 before the first."""
+        """Return the expected quality of the latest answer, 0 before the first."""
         return self.expected[self.exit] if self.exit >= 0 else 0.0
 
     @property

@@ -79,9 +79,7 @@ class TensorSpec:
         import torch
 
         if not self.differs:
-            # A copy of one alone, too: what came in binary cannot be written to.
-            whole = arrays[0].copy() if len(arrays) == 1 else np.concatenate(arrays)
-            return torch.from_numpy(whole)
+            return torch.from_numpy(np.concatenate(arrays))
         from impatient.training.examples import padded
 
         return padded([torch.tensor(row) for array in arrays for row in array], self.filler, side)

@@ -68,7 +68,7 @@ class Preprocess:
             DataError: if `raw` is no tensor, or has other channels than the mean.
         """
         if not self.mean:
-            return _as_floats(raw) if isinstance(raw, Tensor) else map_leaves(_as_floats, raw)
+            return map_leaves(_as_floats, raw)
         self._check_tensor(raw)
         x = raw.float().div_(255.0) if raw.dtype == torch.uint8 else raw.float()
         shape = [1] * raw.dim()
