@@ -217,6 +217,8 @@ def page(scale: FairScale, rows: Sequence[Mapping[str, Any]], processor: str) ->
             mine - its
             for share in shares
             for mine, its in zip(errors(one, share), errors(other, share), strict=True)
+            # small networks have no exit within the first share
+            if not np.isnan(mine - its)
         ]
         won = sum(difference < 0 for difference in differences)
         tied = sum(difference == 0 for difference in differences)

@@ -76,6 +76,14 @@ def test_the_page_compares_in_pairs_of_seeds() -> None:
     assert f"| {OPT} | 0.1 |  |  |  | 20.5 ± 0.7 |" in text
 
 
+def test_the_page_leaves_out_shares_without_an_exit() -> None:
+    best = dict.fromkeys(METHODS, 0.1)
+    rows = fair.summarised(SCALE, results({"sieve": 0.3, "exp_lin": 0.32}, best))
+    rows = [{**row, 0.25: float("nan")} for row in rows]
+    text = fair.page(SCALE, rows, "abacus")
+    assert "first half: +2.0 ± 0.0 points of error, better in 0 of 2 pairs, equal in 0" in text
+
+
 def test_a_training_with_written_weights_runs(tmp_path) -> None:
     job = fair.job(AS_LONG, 0.1, 0, fair.SCALES["smoke"])
     result = job.call(**job.arguments, folder=tmp_path)
