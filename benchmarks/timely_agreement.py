@@ -1,6 +1,8 @@
 """The simulation of timely.py beside the real server: the same requests through both, in turn.
 
-    python benchmarks/timely_agreement.py      # ten minutes, on an idle machine with two cores
+    python benchmarks/timely_agreement.py  # 10 to 30 minutes, on an idle machine with two cores
+
+It may be stopped: the same command on the same commit goes on with the times measured before.
 
 A server per rule, each in a process of its own on the first core, is sent the requests over HTTP
 from the second core, at planned instants. The simulation has the same instants, budgets and
@@ -31,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Row, write_results
+from common import KEPT, Row, commit, write_results
 from timely import (
     NETWORK,
     OURS,
@@ -214,19 +216,26 @@ def main() -> None:
     loads, chosen = (LOADS, CHOSEN)
     if args.smoke:
         args.requests, args.seeds, loads, chosen = 100, 1, (0.5,), (OURS, "fixed large")
-    os.sched_setaffinity(0, {CORES[0]})
-    times = slower(measured(20 if args.smoke else 250))
-    os.sched_setaffinity(0, {CORES[-1]})
     data = impatient.load_data(args.data or data_spec("cifar10"))
-    model = the_model(times)
     test = recorded("test")
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
-        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "times.json"
-        write_json(file, times)
+        folder = KEPT / "cases" / "timely_agreement" / commit()
+        if args.smoke:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        file = folder / "times.json"
+        if not file.is_file():
+            os.sched_setaffinity(0, {CORES[0]})
+            write_json(file, slower(measured(20 if args.smoke else 250)))
+        os.sched_setaffinity(0, {CORES[-1]})
+        model = the_model(read_json(file))
         addresses = {name: stack.enter_context(server(name, file)) for name in chosen}
-        lone = 10 if args.smoke else LONE_REQUESTS
-        slowdown = slowdown_of(addresses["fixed large"], model, data, lone)
+        lone = folder / "lone.json"
+        if not lone.is_file():
+            count = 10 if args.smoke else LONE_REQUESTS
+            slowdown = slowdown_of(addresses["fixed large"], model, data, count)
+            write_json(lone, {"slowdown": slowdown})
+        slowdown = read_json(lone)["slowdown"]
         print(
             f"load 1 is {1 / cheapest_s(model)[-1]:.0f} requests a second; the server takes "
             f"{slowdown:.3f} times as long as was measured"
@@ -236,10 +245,13 @@ def main() -> None:
                 case = case_of(
                     model, "poisson", load, seed=seed, count=args.requests, samples=len(test[0][0])
                 )
-                for name, address in addresses.items():
-                    real = sent(address, case, data)
-                    rows.append(both(name, case, real, model, test, slowdown))
-                    print(rows[-1])
+                for number, (name, address) in enumerate(addresses.items()):
+                    path = folder / f"{args.requests}-{seed}-{load}-{number}.json"
+                    if not path.is_file():
+                        real = sent(address, case, data)
+                        write_json(path, both(name, case, real, model, test, slowdown))
+                    rows.append(read_json(path))
+                    print(rows[-1], flush=True)
     differences = np.array([float(str(row["difference"])) for row in rows])
     told = (
         f"Server minus simulated, timely accuracy: {differences.mean():+.4f} on average, "
