@@ -237,7 +237,10 @@ def page(scale: FairScale, rows: Sequence[Mapping[str, Any]], processor: str) ->
             "- Alternating SIEVE minus static SIEVE times 1 + gamma, second half: "
             f"{less(ALTERNATING, AS_LONG, SHARES[half:])}.",
             f"- EXP-LIN minus SIEVE, first half: {less('exp_lin', 'sieve', SHARES[:half])}.",
-            f"- SIEVE minus OPT, at the end: {less('sieve', OPT, SHARES[-1:])}.",
+            *(
+                f"- {name} minus OPT, at the end: {less(method, OPT, SHARES[-1:])}."
+                for name, method in (("SIEVE", "sieve"), ("EXP-LIN", "exp_lin"), ("CONST", "const"))
+            ),
             "",
             markdown(table),
             "",

@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = "long-heads-first" if options.heads_first else "long-one-rate"
     if options.case == "gtsrb":
         scale, name = _of_signs(scale), f"{name}-gtsrb"
+        if options.out is None and not options.heads_first:
+            parser.error("the card has no place for this table; give its folder with --out")
     gather = results_so_far if options.publish else run
     results = gather(scale, options.runs or RUNS / name, seeds=options.seeds)
     out = options.out or HERE / "results" / name

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from impatient.files import read_tensors
 from papers import data
-from papers.impatient_dnn import recipe
+from papers.impatient_dnn import long, recipe
 from papers.impatient_dnn.long import LONG
 from papers.impatient_dnn.mobilenet import MobileNet, imagenet_weights
 
@@ -118,3 +118,13 @@ def test_early_heads_may_begin_as_logistic_regressions() -> None:
         (inputs, _) = next(target.batches("train", 64))
         output = network(inputs)[0]
     assert np.abs(output.numpy() - known.decision_function(scaled[:64])).max() < 0.1
+
+
+def test_signs_are_not_mirrored_and_their_table_needs_a_place(capsys) -> None:
+    signs = long._of_signs(LONG)
+    assert [pair.target for pair in signs.pairs] == ["gtsrb"]
+    assert signs.settings.training.augment == "crop"
+    assert LONG.settings.training.augment == "crop-flip"
+    with pytest.raises(SystemExit):
+        long.main(["--case", "gtsrb"])
+    assert "give its folder with --out" in capsys.readouterr().err
