@@ -29,7 +29,7 @@ def after(network: impatient.MultiExitNetwork, turns: int) -> Tensor:
 
 def test_an_exit_is_the_answer_of_the_loop_if_it_ended_there() -> None:
     network = loop()
-    assert network.exit_names == ("step", "step@1", "step@2", "output")
+    assert network.exit_names == ("step@0", "step@1", "step@2", "output")
     # nothing is added to the loop
     assert list(network.parameters()) == list(network.backbone.parameters())
     outputs = network(X)

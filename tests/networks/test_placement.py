@@ -487,11 +487,18 @@ def test_module_called_several_times_needs_a_call_number() -> None:
         AmbiguousCut, match=r"called 3 times.*groups\.0@0, groups\.0@1, groups\.0@2"
     ):
         cut_after(Repeated(times=3), "groups.0")
-    assert cut_after(Repeated(times=3), "groups.0@0", "groups.0@2").exit_names == (
-        "groups.0",
-        "groups.0@2",
-        "output",
-    )
+    network = cut_after(Repeated(times=3), "groups.0@0", "groups.0@2")
+    assert network.exit_names == ("groups.0@0", "groups.0@2", "output")
+    # the names are those that are asked for
+    assert cut_after(Repeated(times=3), *network.exit_names[:-1]).cuts == network.cuts
+    with pytest.raises(CutOrderError, match=r"order: \['groups\.0@0', 'groups\.0@2'\]"):
+        cut_after(Repeated(times=3), "groups.0@2", "groups.0@0")
+
+
+def test_cuts_of_older_files_keep_their_names() -> None:
+    cuts = [Cut.named("groups.0"), Cut.named("groups.0@1")]
+    network = attach_exits(Repeated(times=3), example=X, after=cuts)
+    assert network.exit_names == ("groups.0", "groups.0@1", "output")
 
 
 def test_call_number_too_high_is_refused() -> None:

@@ -97,5 +97,5 @@ def test_cut_is_read_from_text(text: str, cut: tuple[str, int | None]) -> None:
     assert Cut.parse(text) == cut
 
 
-def test_cut_shows_the_call_only_when_it_is_not_the_first() -> None:
-    assert [str(Cut("a")), str(Cut("a", 2))] == ["a", "a@2"]
+def test_cut_shows_the_call_where_there_are_several() -> None:
+    assert [str(Cut("a")), str(Cut("a", numbered=True)), str(Cut("a", 2))] == ["a", "a@0", "a@2"]

@@ -101,7 +101,7 @@ def test_a_loop_is_trained_and_run_from_the_command_line(call: Call, tmp_path: P
         assert code == 0, printed
     code, printed = call("run", run, tmp_path / "x.npy", "--json", "--trust", "toys")
     assert code == 0, printed
-    assert RunDirectory(run).spec().after == ("step", "step@1")
+    assert RunDirectory(run).spec().after == ("step@0", "step@1")
 
 
 HOSTILE = "<script>alert(1)</script>"

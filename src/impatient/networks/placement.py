@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,9 @@ class Trace:
 
     def calls(self, name: str) -> int:
         return sum(1 for module, _ in self.ended_s if module == name)
+
+    def cut(self, name: str, call: int) -> Cut:
+        return Cut(name, call, numbered=self.calls(name) > 1)
 
 
 def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = True) -> Trace:
@@ -155,7 +158,13 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str | Cut]) -> list[Cut]:
                 f"{', '.join(_similar(name, model)) or 'none'}."
             )
     traced = trace(model, x, sorted({name for name, _ in wanted}))
-    cuts = [_one_cut(name, call, traced) for name, call in wanted]
+    # the text of a given cut stays, as other files may have it
+    cuts = [
+        replace(cut, numbered=each.numbered) if isinstance(each, Cut) else cut
+        for each, cut in zip(
+            after, (_one_cut(name, call, traced) for name, call in wanted), strict=True
+        )
+    ]
     order = list(traced.ended_s)
     running = sorted(cuts, key=lambda cut: order.index((cut.module, cut.call)))
     if cuts != running or len(set(cuts)) < len(cuts):
@@ -183,7 +192,7 @@ def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
         raise ExitNotFound(
             f"module {name!r} is called {calls} times on the example; there is no {name}@{call}."
         )
-    return Cut(name, call or 0)
+    return traced.cut(name, call or 0)
 
 
 def _similar(name: str, model: nn.Module) -> list[str]:
@@ -318,7 +327,7 @@ def _readable(model: nn.Module, x: Any, traced: Trace) -> list[Cut]:
     batch = batch_size_of(x)
     shapes = shapes_with_one_more(model, x, sorted({name for name, _ in traced.features}))
     return [
-        Cut(name, call)
+        traced.cut(name, call)
         for (name, call), features in traced.features.items()
         if not obstacle(features, modules[name], batch, shapes.get((name, call)))
     ]

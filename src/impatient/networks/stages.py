@@ -30,7 +30,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import greenlet
@@ -53,13 +53,15 @@ class Cut:
     Attributes:
         module: name of the module.
         call: number of the call, from 0.
+        numbered: whether even a first call is written with its number, as the module has others.
     """
 
     module: str
     call: int = 0
+    numbered: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
-        return f"{self.module}@{self.call}" if self.call else self.module
+        return f"{self.module}@{self.call}" if self.call or self.numbered else self.module
 
     @classmethod
     def parse(cls, text: str) -> tuple[str, int | None]:
@@ -74,7 +76,7 @@ class Cut:
         Without "@" it is after the first call.
         """
         name, call = cls.parse(text)
-        return cls(name, call or 0)
+        return cls(name, call or 0, numbered=call is not None)
 
 
 # The index of an exit, by the module before it and the number of the module's call. It holds

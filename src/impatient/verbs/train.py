@@ -49,6 +49,7 @@ from impatient.verbs.run_directory import RunDirectory
 if TYPE_CHECKING:
     from impatient.costs import Cost
     from impatient.networks import GivenWeights, Loaded
+    from impatient.networks.stages import Cut
     from impatient.training.history import History
     from impatient.training.loop import ExitWeights
 
@@ -288,10 +289,9 @@ def _spec(
     # before its model is built: the file may name another one than the user
     _compare(run, begun, wanted)
     if options.after:
-        begun["after"] = spec.after
-        wanted["after"] = (
-            _placed(spec, options.rule) if options.rule else _as_written(options.after)
-        )
+        placed = _placed(spec, options.rule) if options.rule else options.after
+        begun["after"] = _cuts(spec.after)
+        wanted["after"] = _cuts(placed)
     else:
         begun["exits"] = len(spec.after) + 1
         wanted["exits"] = options.exits or (begun["exits"] if own else DEFAULT_EXITS)
@@ -438,15 +438,15 @@ def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
     return tuple(map(str, network.cuts))
 
 
-def _as_written(after: Sequence[str]) -> tuple[str, ...]:
-    """Write the names of cuts as a spec does: without the number of a first call."""
+def _cuts(after: Sequence[str]) -> tuple[Cut, ...]:
+    """Read the names of cuts: a first call may be named with or without its number."""
     from impatient.networks.stages import Cut
 
-    return tuple(str(Cut.named(name)) for name in after)
+    return tuple(map(Cut.named, after))
 
 
 def _written(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _fabric(options: TrainOptions) -> Any:
