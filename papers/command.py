@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Annotated, NoReturn
 
 import tyro
 from rich.console import Console
-from rich.markdown import Markdown
 
 from impatient.errors import ImpatientError
 from impatient.verbs.options import Flag, Positive
@@ -88,7 +88,8 @@ def carry_out(
     except ImpatientError as error:
         say(f"Error: {error}")
         raise SystemExit(1) from error
-    Console().print(Markdown(page))
+    # as it is: a table drawn for a terminal would be cut to its width
+    sys.stdout.write(page + "\n")
     raise SystemExit(code)
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.markdown import Markdown
 
-from impatient.errors import ImpatientError
 from impatient.verbs.options import PositiveOrNone
-from papers.command import Out, ScaleName, start
+from papers.command import Out, Publish, Runs, ScaleName, carry_out, start
 from papers.data import ROOT
 from papers.impatient_dnn import recipe, tables
-from papers.results import fill
 
 HERE = Path(__file__).parent
 RUNS = ROOT / "runs" / "papers" / "impatient_dnn"
@@ -38,38 +35,38 @@ def main(
     ],
     table: Annotated[Table, tyro.conf.arg(help="Which tables and figures to write.")] = Table.all,
     out: Out = None,
-    runs: Annotated[
-        Path, tyro.conf.arg(help="Folder of checkpoints and results of single runs.")
-    ] = RUNS,
+    runs: Runs = RUNS,
     workers: Annotated[
         PositiveOrNone, tyro.conf.arg(help="Runs at a time; by default the scale's.")
     ] = None,
     seeds: Annotated[
         PositiveOrNone, tyro.conf.arg(help="How many seeds; by default the scale's.")
     ] = None,
+    publish: Publish = False,
 ) -> None:
     """Reproduce Table 1 of Impatient DNNs.
 
     Stop with Ctrl-C at any time. The same command continues.
     """
-    console = Console()
     settings = recipe.SCALES[scale.value]
-    try:
-        results = recipe.run(settings, runs / scale.value, workers=workers, seeds=seeds)
-    except ImpatientError as error:
-        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. What is finished is kept; the same command goes on.")
-        raise SystemExit(130) from None
-    folder = out or HERE / "results" / scale.value
-    page = tables.write(
-        settings.pairs, results, range(seeds or settings.seeds), folder, table.value
+    settings = dataclasses.replace(
+        settings, workers=workers or settings.workers, seeds=seeds or settings.seeds
     )
-    if out is None and scale is not ScaleName.smoke:
-        fill(HERE / "README.md", scale.value, page)
-    console.print(Markdown(page))
-    console.print(f"wrote {folder}", soft_wrap=True)
+    folder = runs / scale.value
+    carry_out(
+        lambda: recipe.run(settings, folder),
+        lambda into: tables.write(
+            settings.pairs,
+            recipe.results_so_far(settings, folder),
+            range(settings.seeds),
+            into,
+            table.value,
+        ),
+        card=HERE / "README.md",
+        scale=scale,
+        out=out,
+        publish=publish,
+    )
 
 
 if __name__ == "__main__":

@@ -90,11 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scale, name = _of_signs(scale), f"{name}-gtsrb"
         if options.out is None and not options.heads_first:
             parser.error("the card has no place for this table; give its folder with --out")
-    gather = results_so_far if options.publish else run
-    results = gather(scale, options.runs or RUNS / name, seeds=options.seeds)
-    out = options.out or HERE / "results" / name
-    seeds = range(options.seeds)
-    page = tables.write(scale.pairs, results, seeds, out, "all", module="papers.impatient_dnn.long")
+    scale = dataclasses.replace(scale, seeds=options.seeds)
+    runs = options.runs or RUNS / name
+    if not options.publish:
+        run(scale, runs)
+    page = tables.write(
+        scale.pairs,
+        results_so_far(scale, runs),
+        range(scale.seeds),
+        options.out or HERE / "results" / name,
+        "all",
+        module="papers.impatient_dnn.long",
+    )
     if options.out is None:
         fill(HERE / "README.md", name, page)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,32 +196,23 @@ SCALES: dict[str, Scale] = {
 }
 
 
-def run(
-    scale: Scale, folder: Path, *, workers: int | None = None, seeds: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """Run what is missing of a scale, and return all results by name.
+def run(scale: Scale, folder: Path) -> None:
+    """Run what is missing of a scale.
 
     Args:
+        scale: pairs, settings, seeds and workers.
         folder: of the runs.
-        workers, seeds: instead of the scale's.
     """
-    workers = scale.workers if workers is None else workers
-    numbers = range(scale.seeds if seeds is None else seeds)
     # costs first and one by one, before anything else keeps the machine busy
     costs = run_jobs([_cost_job(pair, scale) for pair in scale.pairs], folder, workers=1, threads=1)
-    sources = {
-        _source_name(pair, seed): _source_job(pair, scale, seed)
-        for pair in scale.pairs
-        for seed in numbers
-    }
-    done = run_jobs(list(sources.values()), folder, workers=workers, threads=scale.threads)
-    jobs = _all_target_jobs(scale, numbers, costs)
-    return {**costs, **done, **run_jobs(jobs, folder, workers=workers, threads=scale.threads)}
+    sources = [
+        _source_job(pair, scale, seed) for pair in scale.pairs for seed in range(scale.seeds)
+    ]
+    for jobs in (sources, _target_jobs(scale, costs)):
+        run_jobs(jobs, folder, workers=scale.workers, threads=scale.threads)
 
 
-def results_so_far(
-    scale: Scale, folder: Path, *, seeds: int | None = None
-) -> dict[str, dict[str, Any]]:
+def results_so_far(scale: Scale, folder: Path) -> dict[str, dict[str, Any]]:
     """Return the results of a scale that are there, by name, and run nothing.
 
     They are none unless the costs are there: budgets, and so weights, depend on them.
@@ -229,18 +220,15 @@ def results_so_far(
     costs = finished([_cost_job(pair, scale) for pair in scale.pairs], folder)
     if len(costs) < len(scale.pairs):
         return {}
-    numbers = range(scale.seeds if seeds is None else seeds)
-    return {**costs, **finished(_all_target_jobs(scale, numbers, costs), folder)}
+    return {**costs, **finished(_target_jobs(scale, costs), folder)}
 
 
-def _all_target_jobs(
-    scale: Scale, seeds: Iterable[int], costs: Mapping[str, Mapping[str, Any]]
-) -> list[Job]:
+def _target_jobs(scale: Scale, costs: Mapping[str, Mapping[str, Any]]) -> list[Job]:
     return [
         job
-        for seed in seeds
+        for seed in range(scale.seeds)
         for pair in scale.pairs
-        for job in _target_jobs(pair, scale, seed, costs)
+        for job in _jobs_on_target(pair, scale, seed, costs)
     ]
 
 
@@ -258,7 +246,7 @@ def _source_job(pair: Pair, scale: Scale, seed: int) -> Job:
     )
 
 
-def _target_jobs(
+def _jobs_on_target(
     pair: Pair, scale: Scale, seed: int, costs: Mapping[str, Mapping[str, Any]]
 ) -> list[Job]:
     common = {"pair": pair, "settings": scale.settings, "seed": seed}

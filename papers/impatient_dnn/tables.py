@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from impatient import Budget, CostProfile, exit_weights, expected_accuracy
+from impatient.errors import StorageError
 from impatient.evaluation.evaluate import standard_budgets
 from impatient.evaluation.plots import (
     BLUE,
@@ -263,9 +264,13 @@ def write(
 
     Args:
         module: what was run with `python -m`.
+    Raises:
+        StorageError: if no row's trainings have all ended.
     """
+    rows = per_seed(pairs, results, seeds) if results else []
+    if not rows:
+        raise StorageError("no row is finished yet; run the command without --publish to go on.")
     made = made_by(str(_costs(pairs[0], results).provenance.processor), module)
-    rows = per_seed(pairs, results, seeds)
     summary = summarised(rows)
     spreads = ", mean ± standard deviation over them" if len(seeds) > 1 else ""
     runs = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}{spreads}; test split."

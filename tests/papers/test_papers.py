@@ -436,9 +436,10 @@ def smoke(out: Path, runs: Path) -> str:
 
 
 def test_impatient_dnn_runs_from_end_to_end_and_resumes(tmp_path):
-    assert "Joint training beats the better baseline" in " ".join(
-        smoke(tmp_path / "out", tmp_path / "runs").split()
-    )
+    printed = smoke(tmp_path / "out", tmp_path / "runs")
+    # whole, however wide
+    assert printed.endswith((tmp_path / "out" / "table1.md").read_text())
+    assert "Joint training beats the better baseline" in printed
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "table1.csv",
@@ -477,6 +478,9 @@ def test_failed_runs_end_the_command_with_their_names(tmp_path, monkeypatch):
     result = invoke(main, ["--scale", "smoke", "--out", str(tmp_path), "--runs", str(tmp_path)])
     assert result.exit_code == 1
     assert "digits-vgg-costs: DataError: no such data" in result.output
+    published = invoke(main, ["--scale", "smoke", "--runs", str(tmp_path), "--publish"])
+    assert published.exit_code == 1
+    assert "no row is finished yet" in published.output
 
 
 def test_the_card_has_room_for_both_scales():
