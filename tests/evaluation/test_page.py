@@ -147,6 +147,9 @@ def test_nothing_is_said_on_the_console_and_nothing_overflows(window, page, widt
     assert window.messages() == []
     assert window.run("return document.documentElement.scrollWidth <= innerWidth")
     assert window.run("return document.querySelectorAll('svg text').length") > 20
+    cut = "bar => bar.scrollWidth > bar.clientWidth"
+    bars = window.run(f"return [...document.querySelectorAll('#mind .bar')].map({cut})")
+    assert bars == [False] * 8
 
 
 def test_names_from_outside_are_text(window, page):
