@@ -201,7 +201,7 @@ def test_members_of_different_data_are_refused(call: Call, finished: Path, tmp_p
     assert call("record", other, "--quiet")[0] == 0
     code, text = call("ensemble", tmp_path / "both", finished, other)
     assert code == 1
-    assert "was trained on other data" in text
+    assert "are not of the same data: --seed: 0 and 1;" in text
     assert not (tmp_path / "both").exists()
 
 

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 import impatient
-from impatient.errors import RunError, StaleInput, StorageError
+from impatient.errors import RunError, StorageError
 from impatient.files import is_file, written_whole
+from impatient.verbs.evaluate import check_same_data
 from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
 from impatient.verbs.options import OFF, Force, NewDirectory, RunPath, Trust, VerbOptions
@@ -86,13 +87,9 @@ def _eann(
     networks: Sequence[Any],
     recordings: Sequence[impatient.Recording],
 ) -> tuple[impatient.networks.EANN, NetworkSpec]:
+    for part in parts[1:]:
+        check_same_data(parts[0], part)
     specs = [part.spec() for part in parts]
-    for part, spec in zip(parts, specs, strict=True):
-        if spec.data_fingerprint != specs[0].data_fingerprint:
-            raise StaleInput(
-                f"{part.path} was trained on other data ({spec.data}) than {parts[0].path} "
-                f"({specs[0].data})."
-            )
     errors = [(1.0 - recording.quality.mean(1)).tolist() for recording in recordings]
     network = impatient.networks.EANN(networks, errors)
     spec = dataclasses.replace(

@@ -325,7 +325,7 @@ def _say_what_is_absent(recording: impatient.Recording) -> None:
 
 def _names(given: tuple[str, ...], recording: impatient.Recording) -> tuple[str, ...]:
     """Name the classes, by their numbers if nobody named them."""
-    if recording.outputs is None or not recording.task.startswith("classification"):
+    if recording.outputs is None or not impatient.tasks.is_classification(recording.task):
         return given
     classes = recording.outputs.shape[-1]
     if given and len(given) != classes:

@@ -224,20 +224,13 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         return load_fresh(self.model, self.num_classes, self.preprocess, self.seed)
 
 
-def fresh_model(
-    model: str, num_classes: int, preprocess: impatient.training.Preprocess, seed: int
-) -> nn.Module:
-    """Load a model for some data, its weights drawn from a seed.
-
-    It is a backbone, or a network that has exits of its own.
-    """
-    return load_fresh(model, num_classes, preprocess, seed).model
-
-
 def load_fresh(
     model: str, num_classes: int, preprocess: impatient.training.Preprocess, seed: int
 ) -> impatient.networks.Loaded:
-    """Load a model as `fresh_model` does, and say what of it was trained before."""
+    """Load a model for some data, with its library's weights or some drawn from a seed.
+
+    It is a backbone, or a network that has exits of its own.
+    """
     import torch
 
     torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from tyro.conf import arg
 import impatient
 from impatient.errors import ModelSpecError
 from impatient.table import Table, in_ms
-from impatient.verbs.network_spec import fresh_model
+from impatient.verbs.network_spec import load_fresh
 from impatient.verbs.options import (
     Counts,
     Positive,
@@ -86,7 +86,7 @@ def plan(options: PlanOptions) -> GrowthPlan:
     if sum(map(bool, (options.iterations, options.sizes, options.times_s))) > 1:
         raise ModelSpecError("expected one of iterations, sizes and times, or none of them.")
     data = impatient.load_data(options.data, seed=0)
-    network = fresh_model(options.model, data.num_classes, data.preprocess, seed=0)
+    network = load_fresh(options.model, data.num_classes, data.preprocess, seed=0).model
     if not isinstance(network, impatient.networks.GrowingNetwork):
         raise ModelSpecError(
             f"{options.model} is a {type(network).__name__}, which does not grow; expected "

@@ -19,7 +19,7 @@ from impatient.verbs.evaluate import EvaluateOptions, evaluate
 from impatient.verbs.fit import Learner, fitted_to, target_name, targets_of
 from impatient.verbs.network_spec import (
     NetworkSpec,
-    fresh_model,
+    load_fresh,
     load_weights,
     save_weights,
     spec_of,
@@ -239,7 +239,7 @@ def _member(member: str, data: impatient.Data, options: SelectOptions) -> tuple[
         trained = part.exit_free if part.exit_free.is_trained else part
         return spec, trained.network()[0].backbone
     model, weights = _model_and_weights(member)
-    network = fresh_model(model, data.num_classes, data.preprocess, options.seed)
+    network = load_fresh(model, data.num_classes, data.preprocess, options.seed).model
     if weights:
         load_weights(network, Path(weights), Path(weights).parent)
     spec = spec_of(network, data, model=model, seed=options.seed, validation=options.validation)

@@ -20,7 +20,7 @@ from impatient.verbs.network_spec import (
     DEFAULT_EXITS,
     OWN_HEADS,
     NetworkSpec,
-    fresh_model,
+    load_fresh,
     outputs_for,
     save_weights,
     spec_of,
@@ -301,6 +301,7 @@ def _spec(
 
 
 def _compare(run: RunDirectory, begun: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse options that differ from those that a training was begun with."""
     for name, value in wanted.items():
         if begun[name] != value:
             raise StaleInput(
@@ -325,7 +326,7 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
     outputs = outputs_for(data, task)
     if impatient.tasks.is_classification(task):
         check_top(task, outputs)
-    network: Any = fresh_model(options.model, outputs, data.preprocess, seed)
+    network: Any = load_fresh(options.model, outputs, data.preprocess, seed).model
     if isinstance(network, impatient.Network):
         if options.after or options.exits is not None or options.heads is not None:
             raise ModelSpecError(
@@ -431,7 +432,7 @@ def _check_is_trained(options: TrainOptions) -> None:
 
 def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
     """Find where a rule puts the exits."""
-    backbone = fresh_model(spec.model, spec.num_classes, spec.preprocess, spec.seed)
+    backbone = load_fresh(spec.model, spec.num_classes, spec.preprocess, spec.seed).model
     network = impatient.attach_exits(
         backbone, example=spec.example(), after=rule, heads=spec.heads, task=spec.task
     )
@@ -477,18 +478,12 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
     file = run.path / "training.json"
     if is_file(file):
         begun = TrainingChoice.load(file)
-        if begun.init != init:
-            raise StaleInput(
-                f"{run.path} was begun with --init {begun.init or '(none)'}, not "
-                f"{init or '(none)'}. Say the old value, use another directory, or --restart to "
-                "throw the old run away."
-            )
-        if (begun.weights, begun.mode) == (wanted, options.mode):
-            return begun.numbers or wanted
-        raise StaleInput(
-            f"{run.path} was begun with --weights {begun.weights} --mode {begun.mode}. Say so "
-            "again, use another directory, or --restart to throw the old run away."
+        _compare(
+            run,
+            {"init": begun.init or "(none)", "weights": begun.weights, "mode": begun.mode},
+            {"init": init or "(none)", "weights": wanted, "mode": options.mode},
         )
+        return begun.numbers or wanted
     numbers = _weights_in_numbers(run, wanted, options, network)
     TrainingChoice(weights=wanted, mode=options.mode, numbers=numbers, init=init).save(file)
     return numbers or wanted
