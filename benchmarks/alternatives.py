@@ -217,10 +217,8 @@ def _digits(exits: list[str]) -> Trained:
     )
 
 
-def _train_heads(
-    network: MultiExitNetwork, images: Tensor, labels: Tensor, epochs: int = 20
-) -> None:
-    """Linear layers on pooled features, which the frozen backbone gives once."""
+def _train_heads(network: MultiExitNetwork, images: Tensor, labels: Tensor) -> None:
+    """Train linear layers for 20 epochs on features that the frozen backbone gives once."""
     pooled: list[list[Tensor]] = [[] for _ in network.heads]
     with torch.no_grad():
         for batch in images.split(250):
@@ -232,7 +230,7 @@ def _train_heads(
         features = torch.cat(parts)
         layer = next(module for module in head.modules() if isinstance(module, nn.Linear))
         optimiser = torch.optim.Adam(layer.parameters(), lr=0.01)
-        for part in torch.randint(len(features), (epochs * len(features),)).split(500):
+        for part in torch.randint(len(features), (20 * len(features),)).split(500):
             optimiser.zero_grad()
             nn.functional.cross_entropy(layer(features[part]), labels[part]).backward()
             optimiser.step()

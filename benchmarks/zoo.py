@@ -84,7 +84,7 @@ def text(batch: int) -> dict[str, Tensor]:
 # --- weights --------------------------------------------------------------------------------------
 
 
-def make_informative(model: nn.Module, batch: Batch, calibration: int = 8) -> None:
+def make_informative(model: nn.Module, batch: Batch) -> None:
     """Change fresh models so that their outputs depend on the input.
 
     They have zero heads, tiny layer scales, and batch-norm statistics that fit no data.
@@ -99,7 +99,7 @@ def make_informative(model: nn.Module, batch: Batch, calibration: int = 8) -> No
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        call_model(model.train(), batch(calibration))
+        call_model(model.train(), batch(8))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 

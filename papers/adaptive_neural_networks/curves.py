@@ -22,6 +22,9 @@ from impatient.policies.mixing import hull_of
 from impatient.policies.risk import Loss, policy_losses
 from papers.adaptive_neural_networks.recipe import Judging, taken
 
+# what guarantees are about
+LOSSES: tuple[Loss, ...] = ("positive_gap", "accuracy_gap")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Point:
@@ -193,9 +196,8 @@ def guarantees(
     population: Recording,
     how: Judging,
     seed: int,
-    losses: Sequence[Loss] = ("positive_gap", "accuracy_gap"),
 ) -> list[dict[str, Any]]:
-    """Measure how often a guarantee is broken.
+    """Measure how often a guarantee is broken, for each kind of loss.
 
     The truth is known, because calibration samples are drawn with replacement from a population.
 
@@ -207,11 +209,10 @@ def guarantees(
         population: recording whose mean is the truth.
         how: sizes of the draws, and the guarantee that is asked for.
         seed: seed of the draws.
-        losses: losses that are controlled.
     """
     candidates = [policy for policy, _ in policies]
     rows = []
-    for loss in losses:
+    for loss in LOSSES:
         truth = policy_losses(candidates, population, loss).mean(1).tolist()
         random = torch.Generator().manual_seed(seed)
         chosen: list[int | None] = []

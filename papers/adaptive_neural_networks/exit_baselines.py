@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from impatient.costs import CostProfile, Statistic
+from impatient.costs import CostProfile
 from impatient.errors import PolicyError
 from impatient.policies.policy import Recorded
 from impatient.policies.rules import ThresholdPolicy
 
 
-def always(exit: int, num_exits: int, recording: Recorded | None = None) -> ThresholdPolicy:
+def always(exit: int, num_exits: int) -> ThresholdPolicy:
     """Stop every sample at one exit, so that no other head runs.
 
     Example:
@@ -26,12 +26,7 @@ def always(exit: int, num_exits: int, recording: Recorded | None = None) -> Thre
         raise PolicyError(f"exit {exit} of {num_exits}; expected 0 to {num_exits - 1}.")
     thresholds = [math.inf] * num_exits
     thresholds[exit] = thresholds[-1] = -math.inf
-    return ThresholdPolicy(
-        score="max_probability",
-        thresholds=tuple(thresholds),
-        split=recording.split if recording else None,
-        provenance=recording.provenance if recording else None,
-    )
+    return ThresholdPolicy(score="max_probability", thresholds=tuple(thresholds))
 
 
 def soft_oracle(
@@ -40,8 +35,6 @@ def soft_oracle(
     *,
     when_none_is_right: Literal["cheapest", "last"] = "cheapest",
     pays: Literal["chosen", "path"] = "chosen",
-    statistic: Statistic = "mean",
-    batch_size: int = 1,
 ) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
     """Find the fastest exit that is right for each sample, which needs the labels.
 
@@ -52,17 +45,13 @@ def soft_oracle(
             would.
         pays: what an answer costs: the "chosen" exit alone, as if known beforehand, or the "path"
             with all heads on the way.
-        statistic, batch_size: which measured times are used.
     Returns:
         The exit of each sample, and its seconds.
     Source:
         "soft oracle" in Bolukbasi et al. 2017, who leave both choices open.
     """
     mode: Literal["contract", "interruptible"] = "contract" if pays == "chosen" else "interruptible"
-    times = torch.tensor(
-        costs.cumulative("time", mode, statistic=statistic, batch_size=batch_size),
-        dtype=torch.float64,
-    )
+    times = torch.tensor(costs.cumulative("time", mode), dtype=torch.float64)
     right_KN = recording.quality.bool()
     # the first of equals
     exits_N = torch.where(right_KN, times[:, None], math.inf).argmin(0)

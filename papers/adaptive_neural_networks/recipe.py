@@ -268,12 +268,12 @@ def _exits(case: Case, names: Sequence[str], training: Training) -> tuple[Exits,
     )
 
 
-def _better(exits: Sequence[Exits], *epochs: int, lr: float = 0.02) -> tuple[Exits, ...]:
+def _better(exits: Sequence[Exits], *epochs: int) -> tuple[Exits, ...]:
     """Exits with heads on cached features, and then trained jointly for so many epochs each."""
     made: list[Exits] = []
     for one, count in zip(exits, epochs, strict=True):
         cached = Training(epochs=40, lr=0.1, batch_size=128)
-        joint = Training(epochs=count, lr=lr, batch_size=128, augment="crop-flip")
+        joint = Training(epochs=count, lr=0.02, batch_size=128, augment="crop-flip")
         # all that is held out says when a head stops improving
         case = dataclasses.replace(one.case, validation=None)
         made += [

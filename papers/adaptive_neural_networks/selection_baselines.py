@@ -20,7 +20,6 @@ from impatient.policies.routing import Route, check_costs
 from impatient.policies.rules import ThresholdPolicy, fit_thresholds
 from impatient.policies.topology import Topology
 from impatient.provenance import provenance
-from impatient.tasks.scores import ScoreName
 
 
 def single_route(node: int, count: int, node_s: Sequence[float]) -> Route:
@@ -62,7 +61,6 @@ def fit_chain_thresholds(
     *,
     mean_time_s: float | None = None,
     max_accuracy_loss: float | None = None,
-    score: ScoreName = "max_probability",
 ) -> ThresholdPolicy:
     """One threshold per network along the chain: `fit_thresholds` with the times of a cascade."""
     return fit_thresholds(
@@ -70,7 +68,7 @@ def fit_chain_thresholds(
         chain_costs(node_s),
         mean_time_s=mean_time_s,
         max_accuracy_loss=max_accuracy_loss,
-        score=score,
+        score="max_probability",
     )
 
 

@@ -84,7 +84,7 @@ def _convolution(
     )
 
 
-def imagenet_weights(network: MobileNet, file: Path, name: str = "mnv1_025_128") -> None:
+def imagenet_weights(network: MobileNet, file: Path) -> None:
     """Load the convolutions of a quantised MobileNet.
 
     The classifier stays as it is.
@@ -92,10 +92,9 @@ def imagenet_weights(network: MobileNet, file: Path, name: str = "mnv1_025_128")
     Args:
         network: of three channels and the same width.
         file: mobilenets_imagenet_u8.npz of the shared data.
-        name: of the network in it.
     """
     stored = np.load(file)
-    operations = json.loads(stored[f"{name}.json"].tobytes())["ops"]
+    operations = json.loads(stored["mnv1_025_128.json"].tobytes())["ops"]
     keyed = [operation for operation in operations if "key" in operation]
     # the last one is the classifier of the 1,000 classes
     for layer, operation in zip(network.convolutions(), keyed[:-1], strict=True):

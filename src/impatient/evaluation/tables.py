@@ -28,11 +28,11 @@ from impatient.table import (
 RUNS_OF_P999 = 5_000
 
 
-def interval(estimate: Estimate, digits: int = 1) -> str:
+def interval(estimate: Estimate) -> str:
     """Write the interval of a share."""
     if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
         return "unknown"
-    return f"{estimate.low * 100:.{digits}f} to {percent(estimate.high, digits)}"
+    return f"{estimate.low * 100:.1f} to {percent(estimate.high)}"
 
 
 def amount(value: float, cost: Cost) -> str:

@@ -84,9 +84,9 @@ FILE = Entry(
 )
 
 
-def misfit(value: Any, form: Form, where: str = "") -> str | None:
+def misfit(value: Any, form: Form) -> str | None:
     """Say which entry does not have its form, or None if all do."""
-    return next(_misfits(value, form, where), None)
+    return next(_misfits(value, form, ""), None)
 
 
 def _misfits(value: Any, form: Form, where: str) -> Iterator[str]:

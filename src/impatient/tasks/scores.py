@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-ScoreName = Literal["max_probability", "margin", "entropy"]
 
 
 def max_probability(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
