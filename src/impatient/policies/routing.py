@@ -195,7 +195,7 @@ class SelectionPolicy(Policy):
     def sees(self, node: int) -> tuple[int, ...]:
         """Return the nodes whose outputs a decision needs, itself last.
 
-        None where there is nothing to decide.
+        Empty where there is nothing to decide.
         """
         if node not in self.decisions:
             return ()
