@@ -153,6 +153,28 @@ def test_where_not_all_fits_first_exits_run_in_a_batch() -> None:
     assert (work.requests, work.last) == ((1, 2), 0)
 
 
+@pytest.mark.parametrize(
+    ("deadline", "batch"),
+    [
+        # both fit alone
+        (3.2, (1,)),
+        # the second fits only in a batch
+        (2.9, (1, 2)),
+    ],
+)
+def test_a_batch_in_time_by_a_hair_runs_only_where_it_must(
+    deadline: float, batch: tuple[int, ...]
+) -> None:
+    # without prices nothing is planned one by one
+    scheduler = scheduler_of(GreedyGain(prices=()))
+    (first,) = scheduler.arrived(Request(id=0, model="net", deadline=1.5), 0.0)
+    assert not scheduler.arrived(Request(id=1, model="net", deadline=2.6), 0.0)
+    assert not scheduler.arrived(Request(id=2, model="net", deadline=deadline), 0.0)
+    # a batch of both is done at 2.5
+    (work,) = works(scheduler.finished(first, {}, 1.0))
+    assert (work.requests, work.last) == (batch, 0)
+
+
 def test_what_is_not_worth_its_price_gives_way() -> None:
     """From exit 1 the last one gains nothing for 0, so 1 is not held up by it."""
     gains = GainTable(

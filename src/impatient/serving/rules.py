@@ -78,12 +78,13 @@ class GreedyGain(Rule):
     A deeper stage is begun only if all waiting first exits still fit behind it.
 
     Args:
-        caution: factor on the time of a deeper stage where first answers wait behind it.
+        caution: factor on the times of a batch of first exits, which is smaller where its earliest
+            would else be in time by a hair, and of a deeper stage that first answers wait for.
         prices: prices of time, the highest first; 1 is what the model gains per second on the way
             from its first exit to its last.
     """
 
-    def __init__(self, caution: float = 1.25, prices: Sequence[float] = (1.3, 0.5)) -> None:
+    def __init__(self, caution: float = 1.3, prices: Sequence[float] = (1.3, 0.5)) -> None:
         self._caution = caution
         self._prices = prices
 
@@ -104,11 +105,20 @@ class GreedyGain(Rule):
         best = max(deeper, key=lambda one: one.best, default=_NOTHING)
         if not first:
             return best.choice
-        batch = first_batch(first, models, now)
+        batch = self._first_batch(first, models, now)
         worth = sum(_weight(one) * one.expected[0] for one in batch)
         if best.best > worth / first_s(batch, models):
             return best.choice
         return Choice(pending=batch, last=0)
+
+    def _first_batch(self, first: Sequence[Pending], models: Models, now: float) -> list[Pending]:
+        """Return first exits with time to spare, if all others' still fit behind them."""
+        batch = first_batch(first, models, now, self._caution)
+        taken = {one.request.id for one in batch}
+        left = [one for one in first if one.request.id not in taken]
+        if first_exits_fit(left, models, now + first_s(batch, models)):
+            return batch
+        return first_batch(first, models, now)
 
     def _safe(self, deeper: _Ahead, first: Sequence[Pending], models: Models, now: float) -> bool:
         return first_exits_fit(first, models, now + self._caution * deeper.seconds)

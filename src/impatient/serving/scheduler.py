@@ -265,7 +265,10 @@ def first_exits(
 
 
 def first_batch(
-    waiting: Sequence[Pending], models: Mapping[str, ServedModel], now: float
+    waiting: Sequence[Pending],
+    models: Mapping[str, ServedModel],
+    now: float,
+    caution: float = 1.0,
 ) -> list[Pending]:
     """Return the requests whose first exit runs next, in time for the earliest.
 
@@ -276,6 +279,7 @@ def first_batch(
         waiting: requests without an answer, earliest deadline first; at least one.
         models: the models by name.
         now: the instant at which the batch begins.
+        caution: factor on the time that a batch of several has to fit in.
     """
     name = waiting[0].request.model
     model = models[name]
@@ -288,7 +292,8 @@ def first_batch(
             continue
         rows += one.request.rows
         seconds = model.work_s(0, 0, rows)
-        if rows > model.max_batch or now + seconds > waiting[0].request.deadline:
+        late = now + caution * seconds > waiting[0].request.deadline
+        if late or rows > model.max_batch:
             break
         batch.append(one)
         if seconds / rows <= EQUAL * least_s:
