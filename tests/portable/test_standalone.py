@@ -433,7 +433,7 @@ def test_a_deadline_needs_costs_that_were_measured_here(export: Export):
         Bundle(here).run(X, deadline_s=0.0)
 
 
-def policy_between(exit: int, outputs: Any = None) -> dict[str, Any]:
+def policy_between(exit: int) -> dict[str, Any]:
     """Thresholds of which two of the four samples reach that of an exit, and none any other."""
     thresholds = [INF, INF, -INF]
     thresholds[exit] = float(np.sort(sureness(truth(X)[exit]))[1:3].mean())
