@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import textwrap
 from typing import Literal
 
@@ -21,14 +22,14 @@ GAP = 2
 NARROW_NAMES = 24
 
 
-def as_text(table: Table, *, rest: str, width: int = 100) -> str:
-    """Draw a table without colours.
+def as_text(table: Table, *, rest: str) -> str:
+    """Draw a table without colours, as wide as the terminal, or 100 where there is none.
 
     Args:
         table: what is drawn.
         rest: where the columns are that do not fit.
-        width: most characters of a line.
     """
+    width = shutil.get_terminal_size((100, 24)).columns
     page = io.StringIO()
     # in a notebook rich would show the table there, and write nothing
     console = Console(file=page, width=width, color_system=None, force_jupyter=False)

@@ -114,11 +114,13 @@ def test_a_row_is_what_one_computes_by_hand(
 def test_values_print_as_people_read_them(judged, in_notebook, monkeypatch):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: in_notebook)
     recording = hand_made()
-    lines = str(judged).splitlines()
+    for columns in ("80", "100"):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = str(judged).splitlines()
+        assert max(map(len, lines)) <= int(columns)
     for row in judged.rows:
         (line,) = (line for line in lines if line.startswith(row.name))
         assert f"{100 * row.accuracy.value:.1f}" in line
-    assert max(map(len, lines)) <= 100
     for value in (judged, recording, COSTS):
         assert len(repr(value)) < 300
     assert "0.400, 0.400, 0.600" in repr(recording)
