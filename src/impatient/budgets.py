@@ -499,6 +499,11 @@ def expected_accuracy(
             quality of each exit's answer to each sample, [K, N].
         without_answer: accuracy counted for budgets that are too small for any exit; 0 counts them
             as failures.
+    Returns:
+        A number in [0, 1].
+    Raises:
+        BudgetError: if the accuracies have another shape.
+        CostOrderError: if costs are not finite and positive.
     Source:
         Impatient DNNs, Table 1's metric.
     """

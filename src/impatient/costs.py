@@ -481,7 +481,8 @@ class CostProfile(Stored, made_by="`impatient profile`"):
     ) -> tuple[float, ...]:
         """Return the seconds until each exit's answer in interruptible mode.
 
-        Every exit on the way answers, too. This is t_A in Impatient DNNs.
+        Every exit on the way answers, too. This is t_A in Impatient DNNs. Arguments and errors are
+        as for `parts`.
         """
         return self.cumulative("time", "interruptible", statistic=statistic, batch_size=batch_size)
 
@@ -490,12 +491,16 @@ class CostProfile(Stored, made_by="`impatient profile`"):
     ) -> tuple[float, ...]:
         """Return the seconds until each exit's answer in contract mode.
 
-        Only this exit's head runs. This is t_B in Impatient DNNs.
+        Only this exit's head runs. This is t_B in Impatient DNNs. Arguments and errors are as for
+        `parts`.
         """
         return self.cumulative("time", "contract", statistic=statistic, batch_size=batch_size)
 
     def exit_free_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> float:
-        """Return the seconds of the untouched backbone, measured in the same interleaved run."""
+        """Return the seconds of the untouched backbone, measured in the same interleaved run.
+
+        Arguments and errors are as for `parts`.
+        """
         return self.exit_free("time", statistic=statistic, batch_size=batch_size)
 
     def compare(self, other: CostProfile, *, any_network: bool = False) -> tuple[Comparison, ...]:

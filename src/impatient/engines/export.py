@@ -146,7 +146,7 @@ def export(
     Args:
         network: network from `attach_exits`.
         directory: directory to create.
-        engine: an engine of `to_engine` that has files: not "eager", "compile" or "cuda-graphs".
+        engine: an engine of `to_engine` that has files: not "eager" or "compile".
         example: a real input; all samples of its batch are used to compare the outputs.
         threads: threads of one operation; with "aoti" it must equal torch's number.
         precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
@@ -164,6 +164,7 @@ def export(
         The directory.
     Raises:
         ExportFailed: if the network cannot be exported, or its outputs differ.
+        RunError: if the network is not on the CPU.
         StorageError: if the directory exists already.
     """
     settings = EngineSettings(engine=engine, precision=precision, threads=threads)

@@ -26,10 +26,9 @@ def ensembled(
     Outputs are those of a recording made with `RunningEnsemble`, without running anything.
 
     Judge it with the cost profile of the `RunningEnsemble`, in which no head can be skipped. Its
-    fingerprints of network and
-    weights are made from the old ones and the rule: a policy that was fitted on other outputs is
-    refused. They are not those of a recording made with `RunningEnsemble`, which knows every
-    weight; fit and judge on recordings made the same way.
+    fingerprints of network and weights are made from the old ones and the rule: a policy that was
+    fitted on other outputs is refused. They are not those of a recording made with
+    `RunningEnsemble`, which knows every weight; fit and judge on recordings made the same way.
 
     Args:
         recording: recording of the network alone.

@@ -90,6 +90,11 @@ class BudgetRow:
     """Expected accuracy of one way to answer, under random budgets.
 
     No answer in time counts as wrong.
+
+    Attributes:
+        budget: name of the distribution of budgets.
+        name: name of the way to answer.
+        accuracy: expected accuracy, or quality, with its 95 % interval.
     """
 
     budget: str

@@ -260,7 +260,11 @@ class Recording(Stored, made_by="`impatient record`"):
 
     @property
     def labels(self) -> Int[Tensor, "N"]:
-        """True classes of a classification."""
+        """True classes of a classification.
+
+        Raises:
+            RecordingError: if outputs or targets were not kept.
+        """
         self.logits()
         if self.targets is None:
             raise RecordingError("the recording holds outputs but no targets.")
@@ -287,7 +291,15 @@ class Recording(Stored, made_by="`impatient record`"):
         exits: Sequence[str] | None = None,
         features: Sequence[Tensor] | None = None,
     ) -> Self:
-        """Replace the outputs, or more, and judge them anew."""
+        """Replace the outputs, or more, and judge them anew.
+
+        Args:
+            outputs: outputs of all exits, before softmax.
+            targets: targets [N, ...]; this and the others are by default the recording's own.
+            task: what the outputs mean.
+            exits: names of the exits.
+            features: pooled features of each exit, [N, D].
+        """
         return self.of(
             outputs,
             self.targets if targets is None else targets,
@@ -388,6 +400,7 @@ def record(
         progress: show a bar.
     Raises:
         RecordingError: if an exit gives NaN or infinite outputs, or is not reached by every input.
+        ClassCountMismatch: if a network of classes has one output column.
         TaskError: if outputs or targets do not fit the task.
     """
     check_network(network)

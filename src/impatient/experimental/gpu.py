@@ -32,11 +32,12 @@ from impatient.errors import RunError
 from impatient.inputs import batch_size_of, first_tensor
 from impatient.networks.cascade import Cascade
 from impatient.policies.policy import Policy
+from impatient.portable.timing import RESERVE_S
 from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.limits import Limit, limits_of
 from impatient.runtime.progress import asked, filled
 from impatient.runtime.rows import Deadlines, Limits, one_for_all
-from impatient.runtime.runner import RESERVE_S, Runner
+from impatient.runtime.runner import Runner
 
 
 @dataclass(frozen=True, slots=True)

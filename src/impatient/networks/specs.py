@@ -165,6 +165,8 @@ def transform_of(spec: str) -> Transform | None:
 
     Returns:
         None if it names none, or that is not known.
+    Raises:
+        ModelSpecError: if the library of the model cannot tell.
     """
     source, name, options = _parse(spec)
     if not has_trained_weights(spec):

@@ -347,6 +347,8 @@ def samples_needed(
 
     On it a candidate that never loses passes; one that loses needs more.
 
+    Arguments are as for `control_risk`.
+
     Example:
         >>> bounded = samples_needed(epsilon=0.01, method="conformal_risk_control")
         >>> samples_needed(epsilon=0.01, delta=0.05), bounded
@@ -525,6 +527,8 @@ def scaled_family(
             score 1. By default 0 and 64 from 1/64 to 4, 1 among them.
     Returns:
         Policies from conservative to aggressive, which is from small to large factors.
+    Raises:
+        PolicyError: if a factor is negative or not finite.
     Example:
         >>> base = ThresholdPolicy(score="margin", thresholds=(0.75, 0.5, -math.inf))
         >>> [family.thresholds for family in scaled_family(base, [1.0, 0.5])]

@@ -72,6 +72,7 @@ def profile(
     Returns:
         Means and quantiles, with the machine that they belong to.
     Raises:
+        CostError: if there is no repeat or no batch size, or the meter is none.
         EnergyUnavailable: if the meter does not move.
 
     Sync:

@@ -31,12 +31,7 @@ from impatient.errors import ONE_COLUMN, CostError, NoAnswerInTime, PolicyError,
 from impatient.inputs import batch_size_of, resized
 from impatient.networks.cascade import Cascade
 from impatient.policies.policy import Policy, check_costs, check_policy
-from impatient.portable.timing import QUANTILES, SlowdownEstimator, TimePredictor
-
-# Exported from here, too, for code that plans deadlines.
-from impatient.portable.timing import (
-    RESERVE_S as RESERVE_S,
-)
+from impatient.portable.timing import QUANTILES, RESERVE_S, SlowdownEstimator, TimePredictor
 from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.compaction import Compaction, When, covering
 from impatient.runtime.interruptible import InterruptibleRun, Worker

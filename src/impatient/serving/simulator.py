@@ -155,9 +155,11 @@ def fluid_bound(
             by default `costs_s`. A batch that is cheap per sample takes longer than one sample.
     Returns:
         The mean quality over all requests, in [0, 1].
+    Raises:
+        ServingError: if the linear programme was not solved.
     """
     from scipy.optimize import linprog
-    from scipy.sparse import coo_array
+    from scipy.sparse import coo_array, vstack
 
     begin = np.asarray(arrivals_s, dtype=float)
     end = begin + np.asarray(budgets_s, dtype=float)
@@ -178,8 +180,6 @@ def fluid_bound(
         (np.ones(spent), (window, increments + np.arange(spent))),
         shape=(len(edges) - 1, increments + spent),
     )
-    from scipy.sparse import vstack
-
     found = linprog(
         -np.concatenate([gain, np.zeros(spent)]),
         A_ub=vstack([work, room]).tocsr(),

@@ -135,7 +135,15 @@ class Data:
     def batches(
         self, split: Split, batch_size: int = 256, order: Tensor | None = None
     ) -> Iterator[tuple[Any, Any]]:
-        """Yield preprocessed inputs with their labels, in order or in that of the places given."""
+        """Yield preprocessed inputs with their labels.
+
+        Args:
+            split: "train", "validation" or "test".
+            batch_size: samples at a time; the last batch may have fewer.
+            order: places of the samples, int64 [N]; by default as they are.
+        Raises:
+            DataError: if there is no such split.
+        """
         examples = self.examples(split)
         places = torch.arange(self.size(split)) if order is None else order
         for indices in places.split(batch_size):

@@ -84,8 +84,8 @@ def fit(
     """Train a network with exits, in place.
 
     Args:
-        network: network from `attach_exits`, an `AnytimeNet`, or any module with `heads` and
-            `backbone` whose forward returns K outputs.
+        network: network from `attach_exits`, or a `Network` of your own whose forward returns K
+            outputs.
         data: data set from `load_data`; the validation split is only reported, never trained on.
         weights: weight of each exit in the loss. Give one number per exit, such as
             `exit_weights(budget, costs.contract_s())` (Impatient DNNs), used as they are; or the
@@ -108,6 +108,7 @@ def fit(
         TrainingDiverged: if a loss is NaN or infinite; the last checkpoint is kept.
         StaleInput: if the checkpoint was made with another recipe, data set, network or weights.
         TrainingError: if the options do not fit each other, the network or its task.
+        DataError: if the data are no `Data`, or do not fit the network.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint has been written.
     Source:
         Impatient DNNs (joint training); Anytime Neural Networks (static and alternating weights,

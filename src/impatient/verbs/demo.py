@@ -97,7 +97,7 @@ class DeadlineRow:
 @alone(make=True)
 def demo(options: DemoOptions) -> list[DeadlineRow]:
     """Take every step, then answer for the test split under each deadline."""
-    from impatient.runtime.runner import RESERVE_S
+    from impatient.portable.timing import RESERVE_S
 
     if options.serve:
         # not only when all else is done
