@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from impatient.errors import ImpatientError
-from impatient.verbs.options import Flag, Positive
+from impatient.verbs.options import Flag, Positive, PositiveOrNone
 from papers.results import fill
 
 
@@ -35,6 +35,7 @@ Runs = Annotated[
     Path, tyro.conf.arg(help="Folder of checkpoints, recordings and results of single runs.")
 ]
 Workers = Annotated[Positive, tyro.conf.arg(help="Runs at a time; measurements run alone.")]
+Seeds = Annotated[PositiveOrNone, tyro.conf.arg(help="How many seeds; by default the scale's.")]
 Publish = Annotated[
     Flag, tyro.conf.arg(help="Only write the tables of what is finished; run nothing.")
 ]

@@ -13,11 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from impatient.verbs.options import PositiveOrNone
 from papers.anytime_neural_networks import recipe, tables
 from papers.anytime_neural_networks.curves import alone, ensemble
 from papers.anytime_neural_networks.recipe import ENSEMBLES
-from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out, start
+from papers.command import Out, Publish, Runs, ScaleName, Seeds, Workers, carry_out, start
 from papers.data import ROOT
 from papers.jobs import finished, run_jobs
 
@@ -45,9 +44,7 @@ def main(
     out: Out = None,
     runs: Runs = ROOT / "runs" / "papers" / "anytime_neural_networks",
     workers: Workers = 2,
-    seeds: Annotated[
-        PositiveOrNone, tyro.conf.arg(help="How many seeds; by default the scale's.")
-    ] = None,
+    seeds: Seeds = None,
     publish: Publish = False,
 ) -> None:
     """Reproduce the milestone table and the EANN figure.

@@ -12,9 +12,8 @@ from typing import Annotated
 
 import tyro
 
-from impatient.verbs.options import PositiveOrNone
 from papers.anytimenet import recipe, tables, times
-from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out, start
+from papers.command import Out, Publish, Runs, ScaleName, Seeds, Workers, carry_out, start
 from papers.data import ROOT
 from papers.jobs import finished, run_jobs
 
@@ -48,9 +47,7 @@ def main(
     out: Out = None,
     runs: Runs = ROOT / "runs" / "papers" / "anytimenet",
     workers: Workers = 2,
-    seeds: Annotated[
-        PositiveOrNone, tyro.conf.arg(help="How many seeds; by default the scale's.")
-    ] = None,
+    seeds: Seeds = None,
     publish: Publish = False,
 ) -> None:
     """Reproduce tables I and II, and figures 3 and 4.

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from impatient.verbs.options import PositiveOrNone
-from papers.command import Out, Publish, Runs, ScaleName, carry_out, start
+from papers.command import Out, Publish, Runs, ScaleName, Seeds, carry_out, start
 from papers.data import ROOT
 from papers.impatient_dnn import recipe, tables
 
@@ -39,9 +39,7 @@ def main(
     workers: Annotated[
         PositiveOrNone, tyro.conf.arg(help="Runs at a time; by default the scale's.")
     ] = None,
-    seeds: Annotated[
-        PositiveOrNone, tyro.conf.arg(help="How many seeds; by default the scale's.")
-    ] = None,
+    seeds: Seeds = None,
     publish: Publish = False,
 ) -> None:
     """Reproduce Table 1 of Impatient DNNs.
