@@ -108,7 +108,8 @@ def fit(
         TrainingDiverged: if a loss is NaN or infinite; the last checkpoint is kept.
         StaleInput: if the checkpoint was made with another recipe, data set, network or weights.
         TrainingError: if the options do not fit each other, the network or its task.
-        DataError: if the data are no `Data`, or do not fit the network.
+        DataError: if the data are no `Data`, or hold texts that the network cannot take.
+        ClassCountMismatch: if the network has fewer outputs than the data have classes.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint has been written.
     Source:
         Impatient DNNs (joint training); Anytime Neural Networks (static and alternating weights,
