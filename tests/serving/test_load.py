@@ -1,13 +1,16 @@
 """The load generator: its instants, and its times where the server stalls."""
 
 import asyncio
+import contextlib
+import socket
 import threading
 
 import numpy as np
 import pytest
 
-from impatient.errors import ServingError
+from impatient.errors import DataError, ServingError
 from impatient.serving.load import arrivals, send_load
+from impatient.verbs.bench_serve import _traced
 from served import Gated, serving
 
 
@@ -50,3 +53,74 @@ def test_bad_loads_say_what_was_expected() -> None:
         arrivals("poisson", rate=0.0, count=1)
     with pytest.raises(ServingError, match=r"expected one such as http://127\.0\.0\.1:8000"):
         asyncio.run(send_load("localhost", "net", [], [0], arrivals_s=[], budgets_s=[]))
+
+
+@contextlib.contextmanager
+def answering(*replies: bytes):
+    """A server that gives each connection one of these replies, and closes it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        for reply in replies:
+            caller, _ = listener.accept()
+            with caller:
+                caller.recv(2**16)
+                caller.sendall(reply)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread.join(20)
+    listener.close()
+
+
+def load(address: str, arrivals_s: list[float]):
+    return asyncio.run(
+        send_load(
+            address,
+            "net",
+            [{"input": np.ones(4, dtype="float32")}],
+            [0],
+            arrivals_s=np.array(arrivals_s),
+            budgets_s=np.full(len(arrivals_s), 4.0),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+    ],
+)
+def test_a_server_of_another_kind_is_said(reply: bytes) -> None:
+    with answering(reply) as address, pytest.raises(ServingError, match="no server of ours"):
+        load(address, [0.0])
+
+
+def test_a_connection_that_the_server_closed_is_not_used_again() -> None:
+    refusal = b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n"
+    with answering(refusal, refusal) as address:
+        result = load(address, [0.0, 0.5])
+    assert result.status.tolist() == [503, 503]
+
+
+@pytest.mark.parametrize(
+    "instants",
+    [np.array(1.0), np.array([0.0, np.inf]), np.array([np.nan, 1.0]), np.ones(3), np.eye(2)],
+)
+def test_a_trace_without_instants_is_refused(tmp_path, instants) -> None:
+    np.save(tmp_path / "trace.npy", instants)
+    with pytest.raises(DataError, match="cannot be read as instants"):
+        _traced(tmp_path / "trace.npy", 10, 5.0)
+
+
+def test_a_trace_of_several_arrays_or_without_a_rate_is_refused(tmp_path) -> None:
+    np.savez(tmp_path / "trace.npz", np.arange(3.0))
+    with pytest.raises(DataError, match="no list of numbers"):
+        _traced(tmp_path / "trace.npz", 10, 5.0)
+    np.save(tmp_path / "trace.npy", np.arange(3.0))
+    with pytest.raises(ServingError, match="rate=0"):
+        _traced(tmp_path / "trace.npy", 10, 0.0)

@@ -258,6 +258,24 @@ def test_a_killed_reader_of_json_is_begun_again() -> None:
     asyncio.run(asked())
 
 
+@pytest.mark.parametrize(
+    "shape", [[10**4000] * 2, [9] * 100_000, "\ud800"], ids=["huge", "long", "surrogate"]
+)
+def test_shapes_that_cannot_be_do_not_end_the_reader(shape) -> None:
+    tensor = {"name": "input", "datatype": "FP32", "shape": shape, "data": [1.0]}
+    body = json.dumps({"inputs": [tensor]}).encode().ljust(INLINE_JSON + 1)
+
+    async def asked() -> None:
+        reader = JsonReader()
+        try:
+            with pytest.raises(BadRequest, match="positive whole numbers"):
+                await reader.binary(body)
+        finally:
+            reader.stop()
+
+    asyncio.run(asked())
+
+
 def test_json_in_binary_is_the_same_request() -> None:
     body = body_of(np.arange(8) / 3, deadline_ms=5)
     new, length = binary_request(body)

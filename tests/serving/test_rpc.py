@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
@@ -173,6 +174,34 @@ def test_what_is_wrong_is_said_with_its_code(
         client.infer(model, [tensor_of(values, datatype)], parameters=parameters)
     assert found.value.status() == str(code)
     assert len(found.value.message()) > 20
+
+
+def test_an_output_that_is_not_there_is_said(shared) -> None:
+    _, _, address = shared
+    outputs = [triton.InferRequestedOutput("logits")]
+    with (
+        triton.InferenceServerClient(address) as client,
+        pytest.raises(InferenceServerException, match="no output 'logits'; expected 'output'"),
+    ):
+        client.infer("net", [tensor_of(VALUES)], outputs=outputs)
+
+
+def test_time_in_which_a_stream_is_full_counts(monkeypatch) -> None:
+    monkeypatch.setattr("impatient.serving.rpc.AT_ONCE", 1)
+    network = Gated()
+    replies: queue.Queue = queue.Queue()
+    with serving_both(network) as (_, _, port):
+        network.at[0] = lambda: time.sleep(0.3)
+        with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
+            client.start_stream(lambda result, error: replies.put((result, error)))
+            for _ in range(3):
+                client.async_stream_infer("net", [tensor_of(VALUES)], timeout=9_000_000)
+            found = [replies.get(timeout=20)[0].get_response() for _ in range(12)]
+            client.stop_stream()
+    ends = [one for one in found if one.parameters["triton_final_response"].bool_param]
+    first, second, _ = (one.parameters["elapsed_ms"].double_param for one in ends)
+    # it was read as soon as the first had its place
+    assert second > first + 200
 
 
 def test_a_token_is_asked_for_but_not_for_health() -> None:

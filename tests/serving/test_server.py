@@ -1,10 +1,14 @@
 """The server on a real socket, asked by clients that are not ours."""
 
+import dataclasses
 import http.client
 import json
+import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +19,11 @@ from asking import HEAD, ask, body_of, connected, infer
 from fakes import wait_until
 from impatient.errors import ServingError
 from impatient.serving import protocol
+from impatient.serving.app import page
+from impatient.serving.scheduler import Reason
 from impatient.serving.service import Service
+from impatient.serving.tensors import InputSpec
+from impatient.training.preprocess import Preprocess
 from served import Gated, hosted, serving
 
 
@@ -177,8 +185,9 @@ def test_a_token_is_asked_for() -> None:
     with serving(Gated(), token="secret") as (_service, port):
         assert infer(port)[0] == 401
         assert ask(port, "/v2/health/live")[0] == 200
-        right = {"authorization": "Bearer secret"}
-        assert ask(port, "/v2/models/net/infer", body_of([1, 2, 3, 4]), right)[0] == 200
+        for scheme in ("Bearer", "bearer"):
+            right = {"authorization": f"{scheme} secret"}
+            assert ask(port, "/v2/models/net/infer", body_of([1, 2, 3, 4]), right)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -245,6 +254,46 @@ def test_json_is_read_and_written_alike_with_and_without_orjson(shared, monkeypa
         )
         assert status == 400
         assert said in json.loads(body)["error"]
+
+
+def test_bytes_and_other_numbers_share_a_batch_and_bytes_are_scaled() -> None:
+    spec = InputSpec.one(["FP32", "UINT8"], (4,))
+    preprocess = Preprocess(mean=(0.0,), std=(1.0,))
+    one = dataclasses.replace(hosted(Gated()), input=spec, preprocess=preprocess)
+    numbers = np.ones((1, 4), "float32")
+    batch = one.prepared([{"input": numbers}, {"input": np.full((1, 4), 255, "uint8")}])
+    assert batch.tolist() == [[1.0] * 4] * 2
+
+
+def test_the_statistics_count_samples_once_whatever_exits_they_reached() -> None:
+    with serving(Gated()) as (_service, port):
+        for values in ([1, 2, 3, 4], np.ones((3, 4))):
+            assert infer(port, values)[0] == 200
+        found = json.loads(ask(port, "/v2/models/net/stats")[2])["model_stats"][0]
+        assert found["inference_count"] == 4
+        assert found["inference_stats"]["success"]["count"] == 2
+
+
+def test_a_budget_that_is_next_to_nothing_is_not_the_default() -> None:
+    with serving(Gated()) as (_service, port):
+        status, _headers, reply = infer(port, deadline_ms=5e-324)
+        assert status == 503
+        assert "not even the first exit" in reply["error"]
+
+
+def test_a_network_that_ends_its_thread_in_the_warm_up_does_not_hold_the_server_up() -> None:
+    network = Gated()
+    network.at[0] = lambda: sys.exit()
+    with serving(network) as (_service, port):
+        assert infer(port)[0] == 503
+        network.at.clear()
+        assert infer(port)[0] == 200
+
+
+def test_the_page_has_words_for_every_reason_to_stop() -> None:
+    text = page()[0].decode()
+    words = re.search(r"const WHY = \{(.*?)\};", text)[1]
+    assert set(re.findall(r"(\w+):", words)) == set(get_args(Reason))
 
 
 def test_a_body_that_never_ends_is_not_waited_for() -> None:

@@ -239,6 +239,12 @@ def test_what_cannot_be_served_is_said(call: Call, finished: Path, monkeypatch) 
     code, said = call("serve", finished, "--host", "0.0.0.0")
     assert code == 1
     assert "set the variable IMPATIENT_TOKEN" in said
+    for token in ("two words", "größe"):
+        monkeypatch.setenv("IMPATIENT_TOKEN", token)
+        code, said = call("serve", finished)
+        assert code == 1
+        assert "IMPATIENT_TOKEN holds spaces or characters" in said
+    monkeypatch.delenv("IMPATIENT_TOKEN")
     for option in ("--replicas", "--most-replicas"):
         code, said = call("serve", finished, option, "2")
         assert code == 1

@@ -267,7 +267,7 @@ class App:
         return {
             "name": name,
             "version": "1",
-            "inference_count": counters.rows,
+            "inference_count": counters.answered_rows,
             "execution_count": counters.works,
             "inference_stats": {
                 "success": {"count": answers, "ns": int(counters.elapsed_s * 1e9)},

@@ -196,7 +196,8 @@ class BaseService(abc.ABC):
             gone: waits until the caller has gone; then no more answers come. It may be cancelled
                 and called again.
         """
-        budget_s = min(budget_s or self.limits.default_s, self.limits.most_s)
+        wanted_s = self.limits.default_s if budget_s is None else budget_s
+        budget_s = min(wanted_s, self.limits.most_s)
         request = Request(
             id=next(self._numbers),
             model=model,
@@ -243,7 +244,7 @@ class BaseService(abc.ABC):
             arrival: instant of the first byte.
             most_s: the longest time for its answer; None for the server's limit.
         """
-        budget_s = min(most_s or self.limits.most_s, self.limits.most_s)
+        budget_s = self.limits.most_s if most_s is None else min(most_s, self.limits.most_s)
         now = self.clock.now()
         why = self._why_unread(model, arrival + budget_s, now)
         if why is None:
@@ -273,6 +274,7 @@ class BaseService(abc.ABC):
             exit = event.exit
             in_time = event.in_time
             counters.answers[exit, event.stopped_by, in_time] += 1
+            counters.answered_rows += request.rows
             counters.elapsed_s += elapsed_s
             counters.buckets[bisect.bisect_left(BUCKETS_S, elapsed_s)] += 1
         budget_s = request.deadline - request.arrival

@@ -8,6 +8,7 @@ beside them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from impatient.clock import SYSTEM_CLOCK
 from impatient.errors import ServingError
 from impatient.serving.tensors import DATATYPES, Inputs
 
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Arrivals = Literal["poisson", "gamma", "mmpp", "ramp"]
 NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 # Nobody waits longer than this for a reply that is late.
@@ -136,7 +138,7 @@ async def send_load(
         ServingError: if the address cannot be read, or nothing listens there.
     """
     host, port = _host_and_port(address)
-    connections: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    connections: list[Connection] = []
     try:
         connections.append(await asyncio.open_connection(host, port))
     except OSError as error:
@@ -172,9 +174,8 @@ async def send_load(
         connection = None
         try:
             async with asyncio.timeout(left_s + GRACE_S):
-                if connections:
-                    connection = connections.pop()
-                else:
+                connection = _open_one(connections)
+                if connection is None:
                     connection = await asyncio.open_connection(host, port)
                 reader, writer = connection
                 writer.write(request + head + tail)
@@ -184,26 +185,54 @@ async def send_load(
             if connection is not None:
                 connection[1].close()
             return
+        except (ValueError, IndexError) as error:
+            if connection is not None:
+                connection[1].close()
+            raise _strange(address) from error
         result.elapsed_s[number] = clock.now() - planned
         result.status[number] = status
         connections.append(connection)
         if status == 200:
-            found = json.loads(reply)
-            result.exits[number] = found["parameters"]["exit"]
-            output = found["outputs"][0]["data"]
+            try:
+                found = json.loads(reply)
+                result.exits[number] = found["parameters"]["exit"]
+                output = found["outputs"][0]["data"]
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                raise _strange(address) from error
             result.right[number] = int(np.argmax(output)) == labels[sample]
 
     tasks = []
-    for number in range(count):
-        wait_s = begin + float(arrivals_s[number]) - clock.now()
-        if wait_s > 0.0:
-            await asyncio.sleep(wait_s)
-        tasks.append(asyncio.ensure_future(one(number)))
-    await asyncio.gather(*tasks)
-    for _reader, writer in connections:
-        writer.close()
-        await writer.wait_closed()
+    try:
+        for number in range(count):
+            wait_s = begin + float(arrivals_s[number]) - clock.now()
+            if wait_s > 0.0:
+                await asyncio.sleep(wait_s)
+            tasks.append(asyncio.ensure_future(one(number)))
+        await asyncio.gather(*tasks)
+    finally:
+        for _reader, writer in connections:
+            writer.close()
+            # The server may have closed it, and not kindly.
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
     return result
+
+
+def _open_one(connections: list[Connection]) -> Connection | None:
+    """Take the connection that was used last, of those that the server has not closed."""
+    while connections:
+        reader, writer = connections.pop()
+        if not reader.at_eof():
+            return reader, writer
+        writer.close()
+    return None
+
+
+def _strange(address: str) -> ServingError:
+    return ServingError(
+        f"what answers at {address} is no server of ours; give the address that `impatient serve` "
+        "says at its start, that of HTTP."
+    )
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -26,6 +26,7 @@ class Counters:
     cancelled: int = 0
     works: int = 0
     rows: int = 0
+    answered_rows: int = 0
     busy_s: float = 0.0
     elapsed_s: float = 0.0
     # answers up to each bound and above the one before; at the end, those beyond the last

@@ -27,6 +27,8 @@ except ImportError:
 
 # Bytes of JSON that are read at once: a millisecond in which nothing else goes on.
 INLINE_JSON = 2**16
+# dimensions of a tensor
+MOST_DIMENSIONS = 32
 HEADER_LENGTH = "inference-header-content-length"
 Parameters = Mapping[str, Any]
 
@@ -98,11 +100,14 @@ def _in_binary(tensor: Any) -> bytes:
     """Take the numbers out of a tensor, and write in it how many bytes they are."""
     tensor = _mapping(tensor, "an input")
     datatype, shape = tensor.get("datatype"), tensor.get("shape")
-    whole = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    # Bounded before they are multiplied: the product of millions of numbers takes minutes.
+    whole = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS
+    whole = whole and all(type(size) is int and 0 < size < 2**63 for size in shape)
     if not whole or not isinstance(datatype, str) or datatype not in DATATYPES:
         raise BadRequest(
-            f"an input has datatype {str(datatype)[:40]!r} and shape {str(shape)[:100]}; expected "
-            f"{' or '.join(DATATYPES)}, and a list of positive whole numbers."
+            f"an input has datatype {str(datatype)[:40]!r} and shape {ascii(shape)[:100]}; "
+            f"expected {' or '.join(DATATYPES)}, and a list of at most {MOST_DIMENSIONS} positive "
+            "whole numbers."
         )
     data = _from_json(tensor.pop("data", None), DATATYPES[datatype], tuple(shape)).tobytes()
     parameters = _mapping(tensor.get("parameters", {}), "parameters of an input")
@@ -158,14 +163,23 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
+def check_output(name: object) -> None:
+    """Check that an output that is asked for is there.
+
+    Raises:
+        BadRequest: if it is not.
+    """
+    if name != "output":
+        raise BadRequest(f"no output {str(name)[:100]!r}; expected 'output'.")
+
+
 def _wants_binary(header: Mapping[str, Any], parameters: Parameters) -> bool:
     wanted = parameters.get("binary_data_output", False) is True
     outputs = header.get("outputs", [])
     if not isinstance(outputs, list) or not all(isinstance(one, dict) for one in outputs):
         raise BadRequest('outputs: expected a list of objects, such as [{"name": "output"}].')
     for one in outputs:
-        if one.get("name") != "output":
-            raise BadRequest(f"no output {one.get('name')!r}; expected 'output'.")
+        check_output(one.get("name"))
         wanted = _mapping(one.get("parameters", {}), "parameters of an output").get(
             "binary_data", wanted
         )

@@ -48,6 +48,8 @@ class StatusError(BadRequest):
 
 def check_token(token: str, authorization: str) -> None:
     """Raise StatusError unless a header carries the token that is asked for, if any is."""
-    given = authorization.removeprefix("Bearer ")
+    # The scheme is read in any case, as HTTP has it.
+    scheme, _, rest = authorization.partition(" ")
+    given = rest.strip() if scheme.lower() == "bearer" else authorization
     if token and not hmac.compare_digest(given.encode(), token.encode()):
         raise StatusError(401, "expected the header 'authorization: Bearer TOKEN'.")

@@ -22,6 +22,7 @@ from impatient.serving.base import Answered, BaseService, Offer
 from impatient.serving.messages import SERVICE, message, parameter, read, value_of
 from impatient.serving.protocol import (
     budget_s,
+    check_output,
     flag_of,
     metadata,
     priority_of,
@@ -231,8 +232,8 @@ class Rpc(Side):
         try:
             async with asyncio.TaskGroup() as group:
                 async for data in requests:
-                    await places.acquire()
                     arrival = self.service.clock.now()
+                    await places.acquire()
                     answering = self._answer_each_exit(data, context, arrival, outbox)
                     group.create_task(answering).add_done_callback(lambda _: places.release())
         finally:
@@ -272,13 +273,17 @@ class Rpc(Side):
         """
         offer = self._offer(request.model_name, request.model_version)
         left_s = context.time_remaining()
-        call_s = None if left_s is None else max(left_s, 1e-6)
+        call_s = None
+        if left_s is not None:
+            call_s = max(left_s + self.service.clock.now() - arrival, 1e-6)
         refused = self.service.refusal_unread(offer.model.name, arrival=arrival, most_s=call_s)
         if refused is not None:
             raise StatusError(STATUS[refused.why], MESSAGES[refused.why])
         parameters = {name: value_of(entry) for name, entry in request.parameters.items()}
         budgets = [budget_s(parameters, {}), call_s]
         given = [seconds for seconds in budgets if seconds is not None]
+        for output in request.outputs:
+            check_output(output.name)
         answers = self.service.answers(
             offer.model.name,
             _inputs(request, offer),

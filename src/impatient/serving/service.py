@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from impatient.anytime import Network
 from impatient.errors import ServingError
 from impatient.serving.base import HANG_S, Answered, BaseService, Limits, Offer
@@ -58,7 +60,10 @@ class Hosted(Offer):
 
     def prepared(self, requests: Sequence[Inputs]) -> Any:
         """Make the network's input of the samples of some requests."""
-        return self.preprocess(self.input.batch(requests))
+        if self.input.alike(requests):
+            return self.preprocess(self.input.batch(requests))
+        # In one tensor, bytes beside other numbers would not be scaled.
+        return torch.cat([self.preprocess(self.input.batch([one])) for one in requests])
 
 
 @dataclass(slots=True)
@@ -193,10 +198,11 @@ class Service(BaseService):
         if len(self._hanging) >= MOST_HANGING:
             return
         with self._lock:
-            work, self._working = self._working, None
-        if work is None:
-            # It has come back just now.
-            return
+            work = self._working
+            if work is None or not self._stuck:
+                # It has come back just now.
+                return
+            self._working = None
         log.error("the model %s hangs; another thread goes on", work.model)
         self._thread.abandon()
         self._hanging.append(self._thread)

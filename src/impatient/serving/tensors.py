@@ -133,6 +133,12 @@ class InputSpec:
             for one in self.tensors
         }
 
+    def alike(self, requests: Sequence[Inputs]) -> bool:
+        """Tell whether the numbers of some requests are of the same types."""
+        return all(
+            len({request[one.name].dtype for request in requests}) == 1 for one in self.tensors
+        )
+
     def batch(self, requests: Sequence[Inputs]) -> Any:
         """Join the samples of several requests to one batch of tensors.
 

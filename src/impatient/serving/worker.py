@@ -299,7 +299,8 @@ class InferenceThread:
             for raw in inputs * 3:
                 try:
                     self._run_whole(name, raw)
-                except Exception:
+                except BaseException:
+                    # or the server would wait for this thread for ever
                     log.exception("the model %s failed while it was warmed up", name)
 
     def _run_whole(self, name: str, raw: Inputs) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from impatient import checks
 from impatient.errors import DataError, ServingError
 from impatient.table import Table, in_ms
 from impatient.verbs.notes import log
@@ -115,16 +116,22 @@ def _sent(part: Tensor) -> Any:
 def _traced(file: Path, requests: int, rate: float) -> Any:
     import numpy as np
 
+    checks.positive(ServingError, rate=rate)
     try:
-        instants = np.load(file, allow_pickle=False).astype(float)[:requests]
-        if instants.ndim != 1 or len(instants) < 2 or not (np.diff(instants) >= 0).all():
+        instants = np.load(file, allow_pickle=False)
+        if not isinstance(instants, np.ndarray) or instants.ndim != 1:
+            raise ValueError("they are no list of numbers")
+        instants = instants.astype(float)[:requests]
+        if not np.isfinite(instants).all():
+            raise ValueError("some are NaN or infinite")
+        if len(instants) < 2 or not (np.diff(instants) >= 0).all() or instants[0] == instants[-1]:
             raise ValueError("they do not increase")
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise DataError(
             f"{file} cannot be read as instants: {error}. Expected a .npy file of at "
             "least two increasing numbers, in seconds."
         ) from error
-    span_s = max(float(instants[-1] - instants[0]), 1e-9)
+    span_s = float(instants[-1] - instants[0])
     return (instants - instants[0]) * (len(instants) / rate / span_s)
 
 

@@ -107,7 +107,13 @@ def serve(options: ServeOptions, begun: Callable[[str], object] = lambda _addres
 
     if not options.directories:
         raise ServingError("no run directories; expected at least one to serve.")
-    if not os.environ.get(TOKEN) and not _is_loopback(options.host):
+    token = os.environ.get(TOKEN, "")
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise ServingError(
+            f"the variable {TOKEN} holds spaces or characters that no header can carry; set it to "
+            "letters, digits and signs of ASCII."
+        )
+    if not token and not _is_loopback(options.host):
         raise ServingError(
             f"{options.host} can be reached from other machines, and no token is set; set the "
             f"variable {TOKEN} to a secret, or serve at 127.0.0.1 behind a proxy."
