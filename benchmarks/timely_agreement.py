@@ -87,8 +87,8 @@ class Slower(Network):
             yield Exit(alike[0].index, outputs[0], outputs[0])
 
 
-def serve(rule: str, file: Path) -> None:
-    """Serve the network by a rule, at a port that is printed."""
+def serve(rule: str, file: Path, port: int = 0) -> None:
+    """Serve the network by a rule, at a port that is printed; 0 is any that is free."""
     from impatient.serving.app import App
     from impatient.serving.base import Limits
     from impatient.serving.connections import bound_socket, web_server
@@ -104,7 +104,7 @@ def serve(rule: str, file: Path) -> None:
         classes=spec.class_names,
     )
     service = Service([hosted], Limits(most_s=60.0, waiting=4096), RULES[rule]())
-    listener = bound_socket("127.0.0.1", 0)
+    listener = bound_socket("127.0.0.1", port)
     listener.listen()
     print(listener.getsockname()[1], flush=True)
     app = App(service)

@@ -48,6 +48,25 @@ def test_a_stall_of_the_server_is_seen_by_all_requests_planned_in_it() -> None:
     assert result.summary()["in_time"] == 1.0
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_samples_are_sent_as_bytes_or_as_json(binary: bool) -> None:
+    samples = [{"input": np.full(4, value, dtype="float32")} for value in (0.0, 1.0)]
+    with serving(Gated()) as (_service, port):
+        result = asyncio.run(
+            send_load(
+                f"http://127.0.0.1:{port}",
+                "net",
+                samples,
+                [0, 0],
+                arrivals_s=np.arange(4) * 0.01,
+                budgets_s=np.full(4, 4.0),
+                binary=binary,
+            )
+        )
+    assert (result.status == 200).all()
+    assert (result.exits >= 0).all()
+
+
 def test_bad_loads_say_what_was_expected() -> None:
     with pytest.raises(ServingError, match="rate"):
         arrivals("poisson", rate=0.0, count=1)

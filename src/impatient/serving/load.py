@@ -123,6 +123,7 @@ async def send_load(
     arrivals_s: np.ndarray,
     budgets_s: np.ndarray,
     token: str = "",
+    binary: bool = True,
 ) -> LoadResult:
     """Send one request per planned instant, each of one sample.
 
@@ -134,6 +135,7 @@ async def send_load(
         arrivals_s: planned instants, seconds from now.
         budgets_s: seconds that each request is given, from its planned instant.
         token: the server's token, if it has one.
+        binary: whether samples are sent as bytes, or as JSON, which servers of others read.
     Raises:
         ServingError: if the address cannot be read, or nothing listens there.
     """
@@ -165,11 +167,12 @@ async def send_load(
         # What the generator is late counts against the budget, too.
         result.lag_s[number] = clock.now() - planned
         left_s = max(1e-3, float(budgets_s[number]) - float(result.lag_s[number]))
-        head, tail = _body(samples[sample], left_s)
+        head, tail = _body(samples[sample], left_s, binary=binary)
+        lengths = f"inference-header-content-length: {len(head)}\r\n" if binary else ""
         request = (
             f"POST {path} HTTP/1.1\r\nhost: {host}\r\n{authorization}"
-            f"inference-header-content-length: {len(head)}\r\n"
-            f"content-length: {len(head) + len(tail)}\r\n\r\n"
+            f"content-type: {'application/octet-stream' if binary else 'application/json'}\r\n"
+            f"{lengths}content-length: {len(head) + len(tail)}\r\n\r\n"
         ).encode()
         connection = None
         try:
@@ -248,20 +251,17 @@ def _host_and_port(address: str) -> tuple[str, int]:
         ) from error
 
 
-def _body(sample: Inputs, budget_s: float) -> tuple[bytes, bytes]:
+def _body(sample: Inputs, budget_s: float, *, binary: bool) -> tuple[bytes, bytes]:
     tensors = []
     tail = b""
     for name, array in sample.items():
-        part = array.tobytes()
-        tensors.append(
-            {
-                "name": name,
-                "datatype": NAMES[array.dtype],
-                "shape": [1, *array.shape],
-                "parameters": {"binary_data_size": len(part)},
-            }
-        )
-        tail += part
+        tensor = {"name": name, "datatype": NAMES[array.dtype], "shape": [1, *array.shape]}
+        if binary:
+            part = array.tobytes()
+            tensors.append({**tensor, "parameters": {"binary_data_size": len(part)}})
+            tail += part
+        else:
+            tensors.append({**tensor, "data": array.ravel().tolist()})
     parameters = {"deadline_ms": budget_s * 1e3}
     return json.dumps({"inputs": tensors, "parameters": parameters}).encode(), tail
 
