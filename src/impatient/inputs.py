@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from impatient.errors import NetworkError
-from impatient.trees import entries, map_samples
+from impatient.trees import entries, leaves, map_samples
 
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:
@@ -46,9 +46,28 @@ def first_tensor(value: Any) -> Tensor:
     )
 
 
+def input_tensor(x: Any) -> Tensor:
+    """Return the first tensor of an input that can hold samples, however deep it lies.
+
+    Raises:
+        NetworkError: if there is none.
+    """
+    # Asked first, because it is usual.
+    if isinstance(x, Tensor) and x.dim():
+        return x
+    for tensor in leaves(x):
+        if tensor.dim():
+            return tensor
+    raise NetworkError(
+        f"an input of type {type(x).__name__} holds no tensor with samples in its first dimension; "
+        "expected a tensor, a mapping of them, which is passed as keywords, or a tuple or list of "
+        "them, passed as positions. Convert arrays and numbers with torch.as_tensor."
+    )
+
+
 def batch_size_of(x: Any) -> int:
     """Return the number of samples in an input of any accepted kind."""
-    tensor = x if isinstance(x, Tensor) else first_tensor(x)
+    tensor = input_tensor(x)
     samples = int(tensor.shape[0])
     if not samples:
         raise NetworkError(

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import impatient
 from impatient.errors import NetworkError
 from impatient.inputs import (
     batch_size_of,
@@ -173,6 +175,35 @@ def test_what_has_no_row_per_sample_stays_as_it_is() -> None:
     assert found["x"].shape == (1, 3)
     assert found["s"] is scale
     assert found["a"] is anchors
+
+
+class Nested(nn.Module):
+    """Takes a scale for all samples, and a pair of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = linear()
+        self.classifier = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, scale: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return self.classifier(self.block(scale * pair[0] + pair[1]))
+
+
+def test_samples_are_found_however_deep_and_behind_a_scalar() -> None:
+    x = (torch.tensor(2.0), (x_of(4), x_of(4)))
+    assert batch_size_of(x) == 4
+    network = attach(Nested(), "block", example=x).eval()
+    costs = impatient.profile(network, x, batch_sizes=(1, 4), repeats=5, warm_up=1)
+    with impatient.Runner(network, costs) as runner:
+        answers = [runner.run(x), runner.start(x).result()]
+    for answer in answers:
+        assert torch.equal(answer.output, network(x)[-1])
+
+
+@pytest.mark.parametrize("x", [None, np.ones((2, 3)), torch.tensor(1.0), {"note": "a"}])
+def test_an_input_without_samples_is_told_from_a_bad_cut(x: Any) -> None:
+    with pytest.raises(NetworkError, match=r"an input of type \w+ holds no tensor.*as_tensor"):
+        batch_size_of(x)
 
 
 def test_a_named_tuple_goes_through_the_trial_of_shrinking_and_is_one_kind() -> None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from impatient.engines.network import NetworkFacts, exported
 from impatient.engines.partition import partition
-from impatient.errors import AmbiguousCut, HeadError, LogitsWarning, NetworkError
+from impatient.errors import (
+    AmbiguousCut,
+    ExitNotFound,
+    HeadError,
+    ImpatientError,
+    LogitsWarning,
+    NetworkError,
+)
 from impatient.networks import MultiExitNetwork, attach_exits
 
 X = torch.linspace(-1, 1, 16).reshape(2, 8)
@@ -246,3 +253,50 @@ def test_scripted_and_exported_models_are_refused(after: Any) -> None:
             attach_exits(made, after=after, count=2, example=X)
     graph = torch.fx.symbolic_trace(model)
     assert attach_exits(graph, after=["1.1"], example=X).num_exits == 2
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("after", [["0"], "auto"])
+def test_a_model_that_is_compiled_as_a_whole_is_refused(after: Any, in_place: bool) -> None:
+    model = nn.Sequential(*blocks(), nn.Linear(8, 3)).eval()
+    if in_place:
+        model.compile(backend="eager")
+    compiled: Any = model if in_place else torch.compile(model, backend="eager")
+    with pytest.raises(NetworkError, match=r"compiled as a whole.*compile afterwards"):
+        attach_exits(compiled, after=after, count=2, example=X)
+
+
+def test_a_cut_within_a_compiled_block_says_so_and_one_after_it_works() -> None:
+    model = nn.Sequential(*blocks(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        plain = model(X)
+    model[1].compile(backend="eager")
+    with pytest.raises(ExitNotFound, match=r"'1.0' lies in '1', which torch.compile.*'1' itself"):
+        attach_exits(model, after=["1.0"], example=X)
+    network = attach_exits(model, after=["1"], example=X).eval()
+    assert torch.equal(outputs(network, X)[-1], plain)
+
+
+# --- what attach_exits is given -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (
+            {"example": X[:, :3]},
+            r"fails on the example, a Tensor \(\(2, 3\) of torch.float32\): mat1",
+        ),
+        ({"example": X.long()}, r"of torch.int64\): "),
+        ({"example": (X, X)}, r"a tuple \(0 \(2, 8\) of .*positional arguments.*as positions"),
+        ({"example": X.numpy()}, r"a ndarray \(without tensors\)"),
+        ({"after": [1]}, r"after=\[1\] holds 1; expected names of modules, such as '0'"),
+        ({"after": "auto", "count": "2"}, r"count='2'; expected at least 1 exit"),
+        ({"heads": nn.Linear(8, 3)}, r"a Linear, a module that is made already.*heads=lambda"),
+        ({"heads": [nn.Linear(8, 3)]}, r"a Linear, a module that is made already.*heads=lambda"),
+    ],
+)
+def test_a_wrong_argument_is_said_with_what_is_expected(given: dict[str, Any], word: str) -> None:
+    model = nn.Sequential(*blocks(), nn.Linear(8, 3))
+    with pytest.raises(ImpatientError, match=word):
+        attach_exits(model, **{"after": ["0"], "example": X, **given})

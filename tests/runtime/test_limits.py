@@ -136,3 +136,13 @@ def test_limits_that_make_no_sense_are_errors() -> None:
     bare = dataclasses.replace(costs(), stage_energy_j=None, head_energy_j=None)
     with pytest.raises(CostError, match="energy"):
         limits_of(bare, {"energy_j": 1.0})
+
+
+def test_limits_that_are_no_mapping_are_refused() -> None:
+    network = FakeNetwork(FakeClock(), [1.0] * 3, [0.5] * 3)
+    runner = runner_of(network, costs())
+    for begin in (runner.run, runner.start):
+        with pytest.raises(BudgetError, match=r'limits=500; expected a mapping.*\{"macs": 1e6\}'):
+            begin(X, limits=500)
+    with runner.open(X) as run, pytest.raises(BudgetError, match="limits=500"):
+        run.run(limits=500)

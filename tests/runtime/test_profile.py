@@ -659,3 +659,10 @@ def test_networks_in_turn_meet_a_slow_spell_alike(clock: FakeClock) -> None:
 def test_no_repeat_in_turn_is_refused() -> None:
     with pytest.raises(CostError, match="repeats=0; expected 1 or more"):
         time_in_turn([nn.Identity()], torch.zeros(1), repeats=0)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_sizes": 4}, {"batch_sizes": ()}, {"repeats": 0}])
+def test_batch_sizes_and_repeats_are_checked(wrong: dict[str, Any]) -> None:
+    network = FakeNetwork(FakeClock(), [1.0] * 3, [0.5] * 3)
+    with pytest.raises(CostError, match=r"expected at least 1 repeat, at least one batch size"):
+        profile(network, torch.zeros(1, 3), **wrong)

@@ -29,7 +29,7 @@ from impatient.anytime import Network, Run
 from impatient.clock import NEVER, Deadline
 from impatient.costs import CostProfile
 from impatient.errors import RunError
-from impatient.inputs import batch_size_of, first_tensor
+from impatient.inputs import batch_size_of, input_tensor
 from impatient.networks.cascade import Cascade
 from impatient.policies.policy import Policy
 from impatient.portable.timing import RESERVE_S
@@ -163,7 +163,7 @@ class GpuRunner(Runner):
         ahead = _RunAhead(self, x, last, limits_of(self.costs, bounds))
         self._check_first(self._predictor(batch_size_of(x)), ahead.begin, last)
         self._check_limits(ahead.limits)
-        queue = self._queue or CudaQueue(first_tensor(x).device)
+        queue = self._queue or CudaQueue(input_tensor(x).device)
         self._queue = queue
         with torch.inference_mode(), self.network.exits(x) as run:
             queue.begin()
@@ -197,7 +197,7 @@ class _RunAhead:
         self.limits = limits
         self._runner = runner
         self._deadline = deadline
-        self._device = first_tensor(x).device
+        self._device = input_tensor(x).device
         # Places in the batch of the rows that the next stage runs.
         self._places = torch.arange(batch_size_of(x))
         # Number of these rows without the copies that fill the batch up.

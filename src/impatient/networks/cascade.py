@@ -16,7 +16,7 @@ from impatient.inputs import (
     batch_size_of,
     call_model,
     evaluating,
-    first_tensor,
+    input_tensor,
     output_tensor,
 )
 from impatient.networks.ambient import Ambient
@@ -96,7 +96,7 @@ class CascadeRun(Run):
         self._x = x
         self._count = batch_size_of(x)
         self._ambient = Ambient.now()
-        device = first_tensor(x).device
+        device = input_tensor(x).device
         # Samples that are sent to each network.
         self._waiting = {0: torch.arange(self._count, device=device)}
         # Outputs of each network for all samples; 0 for samples that it did not run.

@@ -406,6 +406,12 @@ def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int
         HeadError: if the name is unknown, the features do not fit the head, or a callable does not
             return a module.
     """
+    if isinstance(head, nn.Module):
+        raise HeadError(
+            f"a head is a {type(head).__name__}, a module that is made already; expected a name or "
+            "a function that makes one for each exit: attach_exits(..., heads=lambda features, "
+            "outputs: MODULE)."
+        )
     if callable(head):
         built = head(features, num_classes)
         if not isinstance(built, nn.Module):

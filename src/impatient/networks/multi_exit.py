@@ -18,6 +18,7 @@ from impatient.errors import (
     ExitNotFound,
     ExitNotReached,
     HeadError,
+    ImpatientError,
     LogitsWarning,
     NetworkError,
 )
@@ -46,6 +47,7 @@ from impatient.networks.heads import (
 from impatient.networks.stages import Cut, StagedRun, Stages, install, tapped
 from impatient.tasks import Task, named
 from impatient.tasks.classification import sum_of_shares
+from impatient.trees import named_leaves
 
 log = logging.getLogger(__name__)
 # as transformers call it; an input may do without
@@ -373,8 +375,27 @@ def _place(
 
 def _answer(backbone: nn.Module, example: Any, name: OutputName) -> Tensor:
     """Return the backbone's output on the example."""
-    with evaluating(backbone), torch.no_grad():
-        return output_tensor(call_model(backbone, example), name)
+    try:
+        with evaluating(backbone), torch.no_grad():
+            answer = call_model(backbone, example)
+    except ImpatientError:
+        raise
+    except Exception as error:
+        raise NetworkError(
+            f"the backbone fails on the example, {_described(example)}: {error}. Expected an input "
+            "as the model takes it: a mapping is passed as keywords, a tuple or list as positions."
+        ) from error
+    return output_tensor(answer, name)
+
+
+def _described(example: Any) -> str:
+    """Say what an example holds: the type and shape of each tensor."""
+    kind = f"a {type(example).__name__}"
+    found = [
+        f"{place} {tuple(tensor.shape)} of {tensor.dtype}".strip()
+        for place, tensor in named_leaves(example)
+    ]
+    return f"{kind} ({', '.join(found) or 'without tensors'})"
 
 
 def _check_answer(output: Tensor, num_classes: int | None, task: Task) -> int:
@@ -420,7 +441,13 @@ def _warn_of_no_logits(output: Tensor) -> None:
 
 
 def _refuse_compiled(backbone: nn.Module) -> None:
-    """Refuse a graph that never calls its inner modules, so that nothing can pause there."""
+    """Refuse a model that never calls its inner modules, so that nothing can pause there."""
+    if placement.is_compiled(backbone):
+        raise NetworkError(
+            "the backbone is compiled as a whole by torch.compile, which leaves out what pauses at "
+            "an exit; expected the model it was made of, or one whose blocks are compiled. Attach "
+            "exits to that, and compile afterwards."
+        )
     # "_guards_fn" only checks inputs; torch.export adds it.
     graph = isinstance(backbone, fx.GraphModule) and all(
         node.target == "_guards_fn" for node in backbone.graph.nodes if node.op == "call_module"

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -143,6 +144,12 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str | Cut]) -> list[Cut]:
         CutOrderError: if the names are not in running order, or one is named twice.
     """
     modules = dict(model.named_modules())
+    wrong = [each for each in after if not isinstance(each, str | Cut)]
+    if wrong:
+        raise ExitNotFound(
+            f"after={list(after)!r} holds {wrong[0]!r}; expected names of modules, such as "
+            f"{', '.join(map(repr, _similar('', model)[:4]))}."
+        )
     wanted = [
         (each.module, each.call) if isinstance(each, Cut) else Cut.parse(each) for each in after
     ]
@@ -158,6 +165,7 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str | Cut]) -> list[Cut]:
                 f"{', '.join(_similar(name, model)) or 'none'}."
             )
     traced = trace(model, x, sorted({name for name, _ in wanted}))
+    _refuse_within_compiled(model, [name for name, _ in wanted if not traced.calls(name)])
     # the text of a given cut stays, as other files may have it
     cuts = [
         replace(cut, numbered=each.numbered) if isinstance(each, Cut) else cut
@@ -174,6 +182,26 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str | Cut]) -> list[Cut]:
             f"running order: {right}."
         )
     return cuts
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile has compiled a module."""
+    # the first by module.compile(), the second by torch.compile(module)
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _refuse_within_compiled(model: nn.Module, uncalled: Sequence[str]) -> None:
+    """Refuse modules that are not called because one around them is compiled."""
+    for name in uncalled:
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            outer = ".".join(parts[:length])
+            if is_compiled(model.get_submodule(outer)):
+                raise ExitNotFound(
+                    f"module {name!r} lies in {outer!r}, which torch.compile has compiled, so that "
+                    f"nothing can pause there; expected a module outside, such as {outer!r} itself."
+                    " Or attach exits first, and compile afterwards."
+                )
 
 
 def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
@@ -230,9 +258,9 @@ def choose(
     Raises:
         ExitNotFound: if the model has fewer places than that.
     """
-    if count < 1:
+    if not isinstance(count, Integral) or count < 1:
         raise ExitNotFound(
-            f"count={count}; expected at least 1 exit (the last exit is the backbone's output)."
+            f"count={count!r}; expected at least 1 exit (the last exit is the backbone's output)."
         )
     if count == 1:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from impatient.checks import as_number
 from impatient.costs import Cost, CostProfile
@@ -52,6 +52,20 @@ class Limit:
         return exit >= len(self.stages) or self.needs(spent, exit) <= self.most
 
 
+def by_unit(limits: Mapping[Unit, Any] | None) -> dict[Unit, Any]:
+    """Return limits as a dict, empty if there are none.
+
+    Raises:
+        BudgetError: if they are no mapping.
+    """
+    if limits is not None and not isinstance(limits, Mapping):
+        raise BudgetError(
+            f"limits={limits!r}; expected a mapping from what is limited to how much of it, such "
+            'as {"macs": 1e6}.'
+        )
+    return dict(limits or {})
+
+
 def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[Limit, ...]:
     """Combine the limits of a run with the costs in the profile.
 
@@ -60,7 +74,7 @@ def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[
         CostError: if the profile has no measurements of a limited resource.
     """
     made = []
-    for unit, most in (limits or {}).items():
+    for unit, most in by_unit(limits).items():
         if unit not in _COSTS:
             raise BudgetError(
                 f"unknown limit {unit!r}; expected one of {', '.join(_COSTS)}. Limit time by the "

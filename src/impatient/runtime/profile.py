@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -24,7 +24,7 @@ from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantiles
 from impatient.counting import count_macs, count_traffic
 from impatient.errors import CostError, ExitNotReached, StaleInput
-from impatient.inputs import call_model, evaluating, first_tensor, resized, synchronise
+from impatient.inputs import call_model, evaluating, input_tensor, resized, synchronise
 from impatient.progress import tracked
 from impatient.provenance import Provenance, dtype_of, machine, provenance, versions
 from impatient.runtime.joules import EnergyMeter, joules_per_run
@@ -78,9 +78,10 @@ def profile(
     Sync:
         Waits for the device around every stage and head.
     """
-    if min((repeats, *batch_sizes)) < 1 or not batch_sizes or warm_up < 0:
+    listed = isinstance(batch_sizes, Iterable) and bool(batch_sizes)
+    if not listed or min((repeats, *batch_sizes)) < 1 or warm_up < 0:
         raise CostError(
-            f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}, warm_up={warm_up}; expected at "
+            f"repeats={repeats}, batch_sizes={batch_sizes}, warm_up={warm_up}; expected at "
             "least 1 repeat, at least one batch size, each at least 1, and a warm-up of 0 or more."
         )
     if energy is not None and not isinstance(energy, EnergyMeter):
@@ -302,7 +303,7 @@ def _versions(engine: str) -> dict[str, str]:
 
 def _device_of(network: Network, x: Any) -> torch.device:
     parameter = next(iter(network.parameters()), None)
-    return parameter.device if parameter is not None else first_tensor(x).device
+    return parameter.device if parameter is not None else input_tensor(x).device
 
 
 def time_in_turn(
@@ -331,7 +332,7 @@ def time_in_turn(
     """
     checks.at_least(CostError, 1, repeats=repeats)
     checks.at_least(CostError, 0, warm_up=warm_up)
-    stopwatch = _Stopwatch(clock, first_tensor(x).device)
+    stopwatch = _Stopwatch(clock, input_tensor(x).device)
     runs = [functools.partial(stopwatch.whole, model, x) for model in models]
     with contextlib.ExitStack() as modes:
         for model in models:

@@ -14,7 +14,7 @@ from impatient.errors import RunError
 from impatient.policies.policy import Policy
 from impatient.portable.answers import RowAnswer
 from impatient.portable.timing import RESERVE_S, TimePredictor
-from impatient.runtime.limits import Limit, Unit, limits_of
+from impatient.runtime.limits import Limit, Unit, by_unit, limits_of
 
 if TYPE_CHECKING:
     from impatient.costs import CostProfile
@@ -251,7 +251,7 @@ def row_limits(
     Raises:
         RunError: if there is not one per row.
     """
-    given: dict[Unit, Any] = dict(limits or {})
+    given = by_unit(limits)
     rows = {unit: most for unit, most in given.items() if _is_listed(most)}
     if not rows:
         return None
@@ -268,7 +268,7 @@ def largest(limits: Limits | None) -> Mapping[Unit, float] | None:
     """Return the largest limit of any row, by unit."""
     if limits is None:
         return None
-    given: dict[Unit, Any] = dict(limits)
+    given = by_unit(limits)
     return {
         unit: max(most, default=0.0) if _is_listed(most) else most for unit, most in given.items()
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from impatient.anytime import Exit, Network, Run, begin
 from impatient.clock import Clock
 from impatient.errors import PolicyError, RunError
-from impatient.inputs import first_tensor, synchronise
+from impatient.inputs import input_tensor, synchronise
 from impatient.policies.policy import Policy
 from impatient.runtime.answer import TimeSpent
 from impatient.runtime.compaction import Compaction
@@ -84,7 +84,7 @@ class RunState:
         samples: int,
         policy: Policy | None,
     ) -> None:
-        tensor = x if isinstance(x, Tensor) else first_tensor(x)
+        tensor = input_tensor(x)
         # None where nothing is computed in the background.
         self.device = None if tensor.is_cpu else tensor.device
         self._plan = plan

@@ -24,7 +24,7 @@ from impatient.anytime import Network, begin
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.errors import CostError
 from impatient.evaluation.metrics import Estimate, proportion
-from impatient.inputs import evaluating, first_tensor, synchronise
+from impatient.inputs import evaluating, input_tensor, synchronise
 from impatient.progress import tracked
 
 # Times that are needed, and of these beyond the threshold.
@@ -249,7 +249,7 @@ def times_to_exits(
         CostError: if fewer than 1 run is asked for.
     """
     checks.at_least(CostError, 1, runs=runs)
-    device = first_tensor(x).device
+    device = input_tensor(x).device
 
     def timed(last: int) -> float:
         if pause_s:

@@ -14,7 +14,7 @@ from impatient import checks
 from impatient.anytime import Network, begin
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.errors import CostError
-from impatient.inputs import evaluating, first_tensor, synchronise
+from impatient.inputs import evaluating, input_tensor, synchronise
 from impatient.progress import display
 from impatient.runtime.real_time import NAMES, Name, RealTime, Setting
 
@@ -161,7 +161,7 @@ def _times(network: Network, x: Any, clock: Clock) -> list[float]:
     asleep = clock.now()
     time.sleep(SLEEP_S)
     woken = clock.now()
-    device = first_tensor(x).device
+    device = input_tensor(x).device
     answered = woken
     with begin(network, x) as run:
         for exit in run:
