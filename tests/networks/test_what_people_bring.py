@@ -13,7 +13,6 @@ from impatient.engines.network import NetworkFacts, exported
 from impatient.engines.partition import partition
 from impatient.errors import (
     AmbiguousCut,
-    ExitNotFound,
     HeadError,
     ImpatientError,
     LogitsWarning,
@@ -253,28 +252,6 @@ def test_scripted_and_exported_models_are_refused(after: Any) -> None:
             attach_exits(made, after=after, count=2, example=X)
     graph = torch.fx.symbolic_trace(model)
     assert attach_exits(graph, after=["1.1"], example=X).num_exits == 2
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("after", [["0"], "auto"])
-def test_a_model_that_is_compiled_as_a_whole_is_refused(after: Any, in_place: bool) -> None:
-    model = nn.Sequential(*blocks(), nn.Linear(8, 3)).eval()
-    if in_place:
-        model.compile(backend="eager")
-    compiled: Any = model if in_place else torch.compile(model, backend="eager")
-    with pytest.raises(NetworkError, match=r"compiled as a whole.*compile afterwards"):
-        attach_exits(compiled, after=after, count=2, example=X)
-
-
-def test_a_cut_within_a_compiled_block_says_so_and_one_after_it_works() -> None:
-    model = nn.Sequential(*blocks(), nn.Linear(8, 3)).eval()
-    with torch.no_grad():
-        plain = model(X)
-    model[1].compile(backend="eager")
-    with pytest.raises(ExitNotFound, match=r"'1.0' lies in '1', which torch.compile.*'1' itself"):
-        attach_exits(model, after=["1.0"], example=X)
-    network = attach_exits(model, after=["1"], example=X).eval()
-    assert torch.equal(outputs(network, X)[-1], plain)
 
 
 # --- what attach_exits is given -------------------------------------------------------------------

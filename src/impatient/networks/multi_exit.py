@@ -441,13 +441,7 @@ def _warn_of_no_logits(output: Tensor) -> None:
 
 
 def _refuse_compiled(backbone: nn.Module) -> None:
-    """Refuse a model that never calls its inner modules, so that nothing can pause there."""
-    if placement.is_compiled(backbone):
-        raise NetworkError(
-            "the backbone is compiled as a whole by torch.compile, which leaves out what pauses at "
-            "an exit; expected the model it was made of, or one whose blocks are compiled. Attach "
-            "exits to that, and compile afterwards."
-        )
+    """Refuse a graph that never calls its inner modules, so that nothing can pause there."""
     # "_guards_fn" only checks inputs; torch.export adds it.
     graph = isinstance(backbone, fx.GraphModule) and all(
         node.target == "_guards_fn" for node in backbone.graph.nodes if node.op == "call_module"

@@ -13,12 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from impatient.checks import as_number
 from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, HeadError, NetworkError
 from impatient.inputs import (
     OutputName,
@@ -165,7 +165,6 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str | Cut]) -> list[Cut]:
                 f"{', '.join(_similar(name, model)) or 'none'}."
             )
     traced = trace(model, x, sorted({name for name, _ in wanted}))
-    _refuse_within_compiled(model, [name for name, _ in wanted if not traced.calls(name)])
     # the text of a given cut stays, as other files may have it
     cuts = [
         replace(cut, numbered=each.numbered) if isinstance(each, Cut) else cut
@@ -182,26 +181,6 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str | Cut]) -> list[Cut]:
             f"running order: {right}."
         )
     return cuts
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether torch.compile has compiled a module."""
-    # the first by module.compile(), the second by torch.compile(module)
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-def _refuse_within_compiled(model: nn.Module, uncalled: Sequence[str]) -> None:
-    """Refuse modules that are not called because one around them is compiled."""
-    for name in uncalled:
-        parts = name.split(".")
-        for length in range(1, len(parts)):
-            outer = ".".join(parts[:length])
-            if is_compiled(model.get_submodule(outer)):
-                raise ExitNotFound(
-                    f"module {name!r} lies in {outer!r}, which torch.compile has compiled, so that "
-                    f"nothing can pause there; expected a module outside, such as {outer!r} itself."
-                    " Or attach exits first, and compile afterwards."
-                )
 
 
 def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
@@ -258,7 +237,7 @@ def choose(
     Raises:
         ExitNotFound: if the model has fewer places than that.
     """
-    if not isinstance(count, Integral) or count < 1:
+    if not as_number(count) >= 1:
         raise ExitNotFound(
             f"count={count!r}; expected at least 1 exit (the last exit is the backbone's output)."
         )
