@@ -662,7 +662,8 @@ def test_no_repeat_in_turn_is_refused() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"batch_sizes": 4}, {"batch_sizes": ()}, {"repeats": 0}])
-def test_batch_sizes_and_repeats_are_checked(wrong: dict[str, Any]) -> None:
-    network = FakeNetwork(FakeClock(), [1.0] * 3, [0.5] * 3)
+def test_batch_sizes_and_repeats_are_checked(
+    network: MultiExitNetwork, wrong: dict[str, Any]
+) -> None:
     with pytest.raises(CostError, match=r"expected at least 1 repeat, at least one batch size"):
         profile(network, torch.zeros(1, 3), **wrong)
